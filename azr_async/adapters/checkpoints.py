@@ -1,0 +1,198 @@
+"""Checkpoints: a Hugging Face model folder plus what a run needs to be continued; complete or absent.
+
+    checkpoints/step-000120/
+        config.json, model.safetensors, tokenizer...   `AutoModelForCausalLM.from_pretrained` reads them
+        optimizer.safetensors                           AdamW's state and torch's random state
+        resume.json                                     step, version, and what the learner adds
+        manifest.json                                   size and SHA-256 of each file above
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from azr_async.errors import AzrError, CheckpointError
+
+MANIFEST_FILE: Final = "manifest.json"
+OPTIMIZER_FILE: Final = "optimizer.safetensors"
+RESUME_FILE: Final = "resume.json"
+RANDOM_STATE: Final = "torch random state"
+FORMAT: Final = 1
+
+_NAME: Final = re.compile(r"step-(\d{6,})")
+_DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MARGIN_BYTES: Final = 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resume:
+    """What a checkpoint holds besides the model."""
+
+    folder: Path
+    step: int
+    version: int
+    optimizer: Mapping[str, Tensor]
+    random_state: Tensor
+    extra: Mapping[str, float]
+
+
+def save(
+    root: Path,
+    *,
+    step: int,
+    version: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: Mapping[str, Tensor],
+    keep: int,
+    extra: Mapping[str, float],
+) -> Path:
+    """Write `root/step-NNNNNN` whole or not at all, then delete all but the `keep` newest. Returns the folder.
+
+    Raises:
+        AzrError: the disk is full; nothing of this checkpoint is left.
+    """
+    state = {**optimizer, RANDOM_STATE: torch.get_rng_state()}
+    weights = [parameter.detach() for parameter in model.parameters()]
+    folder = root / f"step-{step:06d}"
+    with _disk_full_explained(folder), _written_whole(folder) as draft:
+        _require_space(root, [*weights, *state.values()])
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, draft / OPTIMIZER_FILE)
+        _write_json(draft / RESUME_FILE, {"format": FORMAT, "step": step, "version": version, "extra": dict(extra)})
+        files = {path.name: _fingerprint(path) for path in sorted(draft.iterdir())}
+        _write_json(draft / MANIFEST_FILE, {"format": FORMAT, "files": files})
+    for old in _complete(root)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load(folder: Path) -> Resume:
+    """Check every file against the manifest, then read the resume state.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; it is named, and what to resume from instead.
+    """
+    verify(folder)
+    resume = json.loads((folder / RESUME_FILE).read_text(encoding="utf-8"))
+    state = load_file(folder / OPTIMIZER_FILE)
+    return Resume(
+        folder=folder,
+        step=resume["step"],
+        version=resume["version"],
+        random_state=state.pop(RANDOM_STATE),
+        optimizer=state,
+        extra=resume["extra"],
+    )
+
+
+def verify(folder: Path) -> None:
+    """Raise CheckpointError unless every file is there and is what was written."""
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no checkpoint {folder}. {_way_out(folder)}")
+    manifest = folder / MANIFEST_FILE
+    try:
+        listed = json.loads(manifest.read_text(encoding="utf-8"))
+        files: dict[str, dict[str, str | int]] = listed["files"]
+        known = listed["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{manifest} is missing or damaged. {_way_out(folder)}") from error
+    if not known:
+        raise CheckpointError(f"{manifest} is of another version than {FORMAT}. {_way_out(folder)}")
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing. {_way_out(folder)}")
+        if _fingerprint(path) != expected:
+            raise CheckpointError(f"{path} is damaged: it is not what was written. {_way_out(folder)}")
+
+
+def newest(root: Path) -> Path | None:
+    """The checkpoint of the latest step, or None."""
+    complete = _complete(root)
+    return complete[-1] if complete else None
+
+
+def _complete(root: Path) -> list[Path]:
+    found = [path for path in root.glob("step-*") if _NAME.fullmatch(path.name) and (path / MANIFEST_FILE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _way_out(folder: Path) -> str:
+    others = [path for path in _complete(folder.parent) if path != folder]
+    delete = f"Delete the folder {folder} and resume from " if folder.is_dir() else "Resume from "
+    return f"{delete}{others[-1]}." if others else "There is no other checkpoint beside it: start a new run."
+
+
+@contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into; it gets its name when all of it is on the disk, and vanishes on any failure."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft, replaced = (folder.with_name(f".{folder.name}.{word}") for word in ("writing", "replaced"))
+    for leftover in (draft, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    draft.mkdir()
+    try:
+        yield draft
+        for path in [*draft.iterdir(), draft]:
+            _flush(path)
+        if folder.exists():
+            folder.rename(replaced)
+        draft.rename(folder)
+        _flush(folder.parent)
+    finally:
+        for leftover in (draft, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def _disk_full_explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors wraps the system's error into a text.
+        if getattr(error, "errno", None) not in _DISK_FULL and "No space left" not in str(error):
+            raise
+        raise AzrError(
+            f"the disk is full: checkpoint {folder} could not be written, and nothing of it is left. Free some space "
+            "or lower checkpoint.keep, then resume from the last checkpoint."
+        ) from error
+
+
+def _require_space(root: Path, tensors: list[Tensor]) -> None:
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + _MARGIN_BYTES
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed} bytes needed, {free} free")
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _fingerprint(path: Path) -> dict[str, str | int]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

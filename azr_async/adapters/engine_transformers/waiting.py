@@ -1,0 +1,74 @@
+"""Jobs taken apart into sequences, and the order in which those get a row."""
+
+import heapq
+import itertools
+
+import numpy as np
+from numpy.typing import NDArray
+
+from azr_async.adapters.engine_transformers.rows import Sequence
+from azr_async.algorithm.sampling import stream_keys
+from azr_async.errors import EngineError
+from azr_async.messages import Completion, GenerateJob
+
+
+class Waiting:
+    """Sequences without a row; lower (priority, job_id) goes first, then first come."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, int, Sequence]] = []
+        self._tickets = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def add(self, job: GenerateJob, prompt_ids: NDArray[np.int32]) -> None:
+        """Queue all samples of a job. They share the prompt's array, by which `take` knows them again."""
+        for index, key in enumerate(stream_keys(job.seed, np.arange(job.samples))):
+            sequence = Sequence(
+                job_id=job.job_id,
+                index=index,
+                prompt=job.prompt,
+                prompt_ids=prompt_ids,
+                max_tokens=job.max_tokens,
+                temperature=job.temperature,
+                top_p=job.top_p,
+                key=key,
+            )
+            heapq.heappush(self._heap, (job.priority, job.job_id, next(self._tickets), sequence))
+
+    def take(self, most: int) -> list[list[Sequence]]:
+        """The up to `most` sequences that go first, grouped by prompt."""
+        groups: dict[int, list[Sequence]] = {}
+        for _ in range(min(most, len(self._heap))):
+            sequence = heapq.heappop(self._heap)[-1]
+            groups.setdefault(id(sequence.prompt_ids), []).append(sequence)
+        return list(groups.values())
+
+
+def check_job(job: GenerateJob) -> None:
+    """Raises EngineError when nothing can be sampled as the job asks."""
+    if job.samples < 1 or job.max_tokens < 1 or job.temperature < 0 or not 0 < job.top_p <= 1 or "" in job.prompt.stop:
+        raise EngineError(
+            f"job {job.job_id} asks for {job.samples} samples of {job.max_tokens} tokens at temperature "
+            f"{job.temperature} and top_p {job.top_p}, stopping at {job.prompt.stop}. It needs at least one sample and "
+            "token, temperature >= 0, 0 < top_p <= 1 and stop texts that are not empty; check propose and solve."
+        )
+
+
+def refusals(job: GenerateJob) -> list[Completion]:
+    """The answers to a job whose prompt leaves no room for its completions."""
+    nothing = np.zeros(0, np.int32)
+    return [
+        Completion(
+            job_id=job.job_id,
+            index=index,
+            finish="prompt_too_long",
+            text="",
+            prompt_ids=nothing,
+            token_ids=nothing,
+            behavior_logp=np.zeros(0, np.float32),
+            token_version=nothing,
+        )
+        for index in range(job.samples)
+    ]

@@ -1,0 +1,64 @@
+"""Loads a causal language model and its tokenizer from the starter, a folder or the hub."""
+
+import re
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from azr_async.errors import CheckpointError
+from azr_async.starter.suite import STARTER_CHECKPOINT
+
+Precision = Literal["float32", "bfloat16"]
+
+_HUB_ID: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def load_model(
+    path: str, precision: Precision, device: torch.device | str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in evaluation mode on `device`, and its tokenizer.
+
+    Args:
+        path: `starter`, a Hugging Face model folder, or a hub id such as `Qwen/Qwen2.5-0.5B`.
+        precision: type of the weights.
+        device: where the weights go.
+
+    Raises CheckpointError when there is no such model, or it cannot be read.
+    """
+    source = _source(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, precision))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"the model {source} cannot be loaded: {error} "
+            "Point model.path at a Hugging Face folder with config.json, weights and tokenizer, or at a hub id."
+        ) from error
+    return model.to(device).eval(), tokenizer
+
+
+def _source(path: str) -> str:
+    """What Hugging Face is asked for; a missing folder is told at once, without asking the hub for it."""
+    if path == "starter":
+        if not (STARTER_CHECKPOINT / "config.json").is_file():
+            raise CheckpointError(
+                f"the starter model is not in {STARTER_CHECKPOINT}. Make it with `python -m azr_async starter`, "
+                "or set model.path to another model."
+            )
+        return str(STARTER_CHECKPOINT)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{folder} is not a model folder: it has no config.json. Set model.path to a folder that has one, "
+                "for example a run's checkpoints/step-NNNNNN."
+            )
+        return str(folder)
+    if _HUB_ID.fullmatch(path) is None:
+        raise CheckpointError(
+            f"there is no model folder {path}. Set model.path to `starter`, an existing folder, or a hub id "
+            "of the form organisation/name."
+        )
+    return path

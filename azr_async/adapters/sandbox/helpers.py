@@ -1,0 +1,167 @@
+"""Starting and ending the sandboxed processes: exec with an empty environment, pipes, a ready message, SIGKILL."""
+
+import asyncio
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from azr_async.errors import SandboxError
+
+ROOT: Final = Path(__file__).parents[3]
+START_SECONDS: Final = 30.0
+KILL_SECONDS: Final = 10.0
+PIPE_BYTES: Final = 1 << 20
+HASH_SEEDS: Final = ("0", "4242")
+_BOOTSTRAP: Final = (
+    "import sys; sys.path.append(sys.argv[1]); from azr_async.adapters.sandbox.inside.start import main; main()"
+)
+_PYTHON_OPTIONS: Final = ("-s", "-P", "-S", "-B", "-W", "ignore", "-X", "utf8")
+_F_SETPIPE_SZ: Final = 1031
+
+Role = Literal["zygote", "parser"]
+
+
+class HelperGone(Exception):
+    """The sandboxed process ended, or does not answer; whoever asked starts another one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HelperSettings:
+    """What every sandboxed process of a pool is told."""
+
+    allowed_imports: Sequence[str]
+    memory_mb: int
+    result_bytes: int
+    label: str
+    """Stands in the command line, so that `ps` shows to what the process belongs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Helper:
+    """A running sandboxed process and the pool's ends of its pipes."""
+
+    process: subprocess.Popen[bytes]
+    result_fd: int
+    """Read, non-blocking."""
+    request_fd: int
+    """Write, non-blocking."""
+    leftover_fd: int
+    """The read end of the request pipe, to empty it after a child that died before it had read everything."""
+    control_fd: int
+    report_fd: int
+    layers: dict[str, str]
+
+    def kill(self) -> None:
+        """End the process and all that it started, now. Safe to call twice."""
+        if self.process.returncode is not None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(KILL_SECONDS)
+        for fd in (self.result_fd, self.request_fd, self.leftover_fd, self.control_fd, self.report_fd):
+            os.close(fd)
+
+
+async def start_helper(role: Role, settings: HelperSettings, *, flavour: int = 0) -> Helper:
+    """Start a sandboxed process and wait until it has confined itself.
+
+    Raises SandboxError when it does not come up within `START_SECONDS`.
+    """
+    result_read, result_write = os.pipe()
+    request_read, request_write = os.pipe()
+    control_read, control_write = os.pipe()
+    report_read, report_write = os.pipe()
+    theirs = [result_write, request_read, control_read, report_write]
+    ours = [result_read, request_write, control_write, report_read]
+    for fd in (result_read, request_write):
+        _enlarge(fd)
+    process = _execute(role, settings, flavour=flavour, fds=theirs)
+    for fd in (result_write, control_read, report_write):
+        os.close(fd)
+    for fd in ours:
+        os.set_blocking(fd, False)
+    helper = Helper(
+        process=process,
+        result_fd=result_read,
+        request_fd=request_write,
+        leftover_fd=request_read,
+        control_fd=control_write,
+        report_fd=report_read,
+        layers={},
+    )
+    try:
+        helper.layers.update(await _read_ready_message(helper, role))
+    finally:
+        if not helper.layers:
+            helper.kill()
+    return helper
+
+
+def _execute(role: Role, settings: HelperSettings, *, flavour: int, fds: list[int]) -> subprocess.Popen[bytes]:
+    options = {
+        "allowed_imports": list(settings.allowed_imports),
+        "memory_mb": settings.memory_mb,
+        "result_bytes": settings.result_bytes,
+        "flavour": flavour,
+        "fds": fds,
+        "parent": os.getpid(),
+    }
+    # The venv's interpreter would need the venv's files; the real one needs its standard library only.
+    python = os.path.realpath(sys.executable)
+    return subprocess.Popen(
+        [python, *_PYTHON_OPTIONS, "-c", _BOOTSTRAP, str(ROOT), role, json.dumps(options), settings.label],
+        env={"PYTHONHASHSEED": HASH_SEEDS[flavour], "LANG": "C.UTF-8"},
+        pass_fds=fds,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
+    )
+
+
+def _enlarge(fd: int) -> None:
+    # A whole request or result then fits, and nobody waits for the other end. Refused when the user has many pipes.
+    with suppress(PermissionError):
+        fcntl.fcntl(fd, _F_SETPIPE_SZ, PIPE_BYTES)
+
+
+async def _read_ready_message(helper: Helper, role: Role) -> dict[str, str]:
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    content = b""
+    loop.add_reader(helper.result_fd, readable.set)
+    try:
+        async with asyncio.timeout(START_SECONDS):
+            while len(content) < 4 or len(content) < 4 + int.from_bytes(content[:4], "little"):
+                await readable.wait()
+                readable.clear()
+                chunk = os.read(helper.result_fd, 65536)
+                if not chunk:
+                    raise SandboxError(
+                        f"the sandbox's {role} ended before it was ready (exit status {helper.process.poll()}). "
+                        "Run `python -m azr_async execute --explain` to see which isolation layers this host refuses."
+                    )
+                content += chunk
+    except TimeoutError:
+        raise SandboxError(
+            f"the sandbox's {role} (process {helper.process.pid}) was not ready within {START_SECONDS} s. "
+            "Is the machine out of memory or badly overloaded? Lower sandbox.workers."
+        ) from None
+    finally:
+        loop.remove_reader(helper.result_fd)
+    layers: dict[str, str] = json.loads(content[4:])
+    if "failed" in layers:
+        raise SandboxError(
+            f"the sandbox's {role} could not start: {layers['failed']}. If it names a module, take it out of "
+            "sandbox.allowed_imports; otherwise run `python -m azr_async execute --explain`."
+        )
+    return layers

@@ -1,0 +1,1 @@
+"""What runs in the sandboxed processes. Standard library only; the trainer starts it and never imports it."""

@@ -1,0 +1,115 @@
+"""The parser service: untrusted text -> compiled code and literal arguments. It never runs what it compiles.
+
+One request at a time: a frame holding JSON `[mode, program, inputs]`, answered by one frame with one part for the
+program (unless it is null) and one for each input. A part is one letter and its content:
+
+    C  marshalled code of the program              A  marshalled (args, kwargs) of a literal argument list
+    X  marshalled code that computes (args, kwargs)   V  a literal's value as JSON (algorithm/values.py)
+    E  why the text is refused
+"""
+
+import ast
+import json
+import marshal
+import sys
+from collections.abc import Callable, Collection
+from typing import Final
+
+from azr_async.adapters.sandbox.inside import layers
+from azr_async.adapters.sandbox.inside.gate import refusal
+from azr_async.adapters.sandbox.inside.literals import NotLiteral, literal_value
+from azr_async.adapters.sandbox.inside.wire import ARGUMENTS, read_frame, with_length, write_frame
+from azr_async.algorithm.values import TooLarge, Unanswerable, encode_in_order
+
+_SYNTAX_ERRORS: Final = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError, UnicodeError)
+
+
+def main(options: layers.Options) -> None:
+    """Serve until the pool closes its end."""
+    sys.setrecursionlimit(2000)
+    # The first compilation builds the interpreter's syntax-tree types: before the walls go up.
+    _program_part("import math\nclass A:\n    def f(self): return [x for x in (1,)]\ndef f(x): return x\n", {"math"})
+    active = layers.confine(options, filter_name="CHILD")
+    write_frame(layers.RESULT_FD, json.dumps(active).encode())
+    while (request := read_frame(layers.REQUEST_FD)) is not None:
+        mode, program, inputs = json.loads(request)
+        parts = [] if program is None else [_program_part(program, options["allowed_imports"])]
+        read = _READERS[mode]
+        parts += [read(text, options["allowed_imports"]) for text in inputs]
+        write_frame(layers.RESULT_FD, b"".join(map(with_length, parts)))
+
+
+def _refused(reason: str) -> bytes:
+    return b"E" + reason[:200].encode("utf-8", "backslashreplace")
+
+
+def _program_part(program: str, allowed_imports: Collection[str]) -> bytes:
+    try:
+        tree = _parse(program)
+        reason = refusal(tree, allowed_imports)
+        if reason is not None:
+            return _refused(reason)
+        if not any(isinstance(node, ast.FunctionDef) and node.name == "f" for node in tree.body):
+            return _refused("the program does not define f")
+        return b"C" + marshal.dumps(compile(tree, "<program>", "exec", dont_inherit=True))
+    except _SYNTAX_ERRORS as error:
+        return _refused(f"the program is not Python: {type(error).__name__}")
+
+
+def _parse(source: str) -> ast.Module:
+    return ast.parse(source, "<text>")
+
+
+def _read_arguments(text: str, allowed_imports: Collection[str]) -> bytes:
+    """An argument list of literals, as it would stand between the parentheses of a call."""
+    try:
+        call = _parse_call(text)
+        arguments = tuple(literal_value(argument) for argument in call.args)
+        named = {keyword.arg: literal_value(keyword.value) for keyword in call.keywords}
+        return b"A" + marshal.dumps((arguments, named))
+    except NotLiteral as error:
+        return _refused(f"the input is not a literal: {error}")
+    except _SYNTAX_ERRORS as error:
+        return _refused(f"the input is not an argument list: {type(error).__name__}")
+
+
+def _read_expression(text: str, allowed_imports: Collection[str]) -> bytes:
+    """An argument list of any expressions, to be evaluated beside the program."""
+    try:
+        call = _parse_call(text)
+        reason = refusal(ast.Tuple([*call.args, *(keyword.value for keyword in call.keywords)]), allowed_imports)
+        if reason is not None:
+            return _refused(f"the input is refused: {reason}")
+        return b"X" + marshal.dumps(compile(ast.Expression(call), "<input>", "eval", dont_inherit=True))
+    except _SYNTAX_ERRORS as error:
+        return _refused(f"the input is not an argument list: {type(error).__name__}")
+
+
+def _parse_call(text: str) -> ast.Call:
+    """`text` between the parentheses of one call. An input that closes the call itself is no argument list."""
+    tree = ast.parse(f"{ARGUMENTS}({text}\n)", "<input>", mode="eval").body
+    if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.func.id != ARGUMENTS:
+        raise SyntaxError("more than an argument list")
+    if any(keyword.arg is None for keyword in tree.keywords):
+        raise NotLiteral("** is not a literal")
+    return tree
+
+
+def _read_value(text: str, allowed_imports: Collection[str]) -> bytes:
+    """One literal."""
+    try:
+        value = literal_value(ast.parse(text.strip(), "<literal>", mode="eval").body)
+        return b"V" + encode_in_order(value).encode()
+    except NotLiteral as error:
+        return _refused(f"not a literal: {error}")
+    except (Unanswerable, TooLarge) as error:
+        return _refused(f"not a literal that a program can return: {error}")
+    except _SYNTAX_ERRORS as error:
+        return _refused(f"not a literal: {type(error).__name__}")
+
+
+_READERS: Final[dict[str, Callable[[str, Collection[str]], bytes]]] = {
+    "literal": _read_arguments,
+    "expression": _read_expression,
+    "value": _read_value,
+}

@@ -1,0 +1,39 @@
+"""First code of a sandboxed process: `python -c BOOTSTRAP ROOT ROLE OPTIONS LABEL`, with an empty environment."""
+
+import fcntl
+import json
+import os
+import sys
+
+from azr_async.adapters.sandbox.inside import layers
+from azr_async.adapters.sandbox.inside.wire import write_frame
+
+
+def main() -> None:
+    """Take the descriptors, tie this process to its parent, become what the command line says."""
+    root, role = sys.argv[1:3]
+    options: layers.Options = json.loads(sys.argv[3])
+    _take_descriptors(options["fds"])
+    try:
+        layers.die_with(options["parent"])
+        # Only now: a role imports what it needs, and no more.
+        if role == "zygote":
+            from azr_async.adapters.sandbox.inside.zygote import main as serve
+        else:
+            from azr_async.adapters.sandbox.inside.parser import main as serve
+        sys.path.remove(root)
+        serve(options)
+    except Exception as error:
+        write_frame(layers.RESULT_FD, json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
+        os._exit(1)
+
+
+def _take_descriptors(fds: list[int]) -> None:
+    """Make the inherited `fds` descriptors 3, 4, ...; 0 to 2 become /dev/null; close every other one."""
+    parked = [fcntl.fcntl(fd, fcntl.F_DUPFD, 3 + len(fds)) for fd in fds]
+    for number, fd in enumerate(parked):
+        os.dup2(fd, 3 + number)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.closerange(3 + len(fds), os.sysconf("SC_OPEN_MAX"))

@@ -1,0 +1,155 @@
+"""The zygote: a warm interpreter that forks one child for each program. It never reads a byte that is not the pool's.
+
+The pool writes the request for a child into the request pipe and an order into the control pipe. The zygote forks,
+waits, kills at the deadline and reports; the child reads the request, runs it and writes its claims into the result
+pipe, one frame for each input.
+"""
+
+import gc
+import json
+import marshal
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from azr_async.adapters.sandbox.inside import layers
+from azr_async.adapters.sandbox.inside.canaries import CANARY, attempts
+from azr_async.adapters.sandbox.inside.program import Namespace, builtin_names, claims
+from azr_async.adapters.sandbox.inside.wire import ORDER, REPORT, read_frame, split_parts, write_frame
+
+STRAGGLER_SECONDS: Final = 0.1
+STRAGGLER_NICENESS: Final = 10
+"""Programs that take long give way to those that do not."""
+
+_CODECS: Final = """
+    idna ascii latin_1 utf_16 utf_32 unicode_escape raw_unicode_escape hex_codec rot_13 cp1252 cp437 shift_jis gbk big5
+    euc_jp euc_kr koi8_r iso8859_15
+"""
+
+_WARM_UP: Final = """
+import math
+from collections import Counter
+def f(x, y=None):
+    'doc'
+    r = []
+    for i, c in enumerate(sorted(x)):
+        if c > 1 and i % 2 == 0: r.append(c * 2)
+        else: r.append((c, str(i)))
+    d = {k: v for k, v in zip('abc', r)}
+    t = f'{len(r)}:{sum(q for q in x)}'
+    try: z = 1 / len(r)
+    except ZeroDivisionError: z = 0
+    class A:
+        def __init__(self): self.x = 1
+    A().x; Counter('abc').most_common(1)
+    return {'a': [1, 2.5, (1, 2)], 'b': t, 'c': {1, 2}, 'd': t.upper().split(), 'e': None}
+"""
+
+
+def main(options: layers.Options) -> None:
+    """Serve until the pool closes its end."""
+    _import_what_programs_may_use(options["allowed_imports"])
+    names = builtin_names(frozenset(options["allowed_imports"]))
+    report = layers.confine(options, filter_name="ZYGOTE")
+    zygote = os.getpid()
+    sys.stdin = None
+    sys.stdout = sys.stderr = _Nowhere()
+    sys.setrecursionlimit(1000)
+    _warm_up(options)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    write_frame(layers.RESULT_FD, json.dumps(report).encode())
+    gc.collect()
+    gc.freeze()
+    while len(order := os.read(layers.CONTROL_FD, ORDER.size)) == ORDER.size:
+        wall_milliseconds, cpu_seconds = ORDER.unpack(order)
+        child = os.fork()
+        if child == 0:
+            _be_the_child(partial(layers.confine_child, zygote, report, cpu_seconds), names, options["result_bytes"])
+        os.write(layers.REPORT_FD, _wait(child, wall_milliseconds / 1000))
+
+
+def _be_the_child(confine: Callable[[], None], names: Namespace, result_bytes: int) -> None:
+    """Read the request, answer it, end."""
+    status = 1
+    try:
+        os.close(layers.CONTROL_FD)
+        os.close(layers.REPORT_FD)
+        confine()
+        code, *inputs = split_parts(read_frame(layers.REQUEST_FD) or b"")
+        answers = attempts(code) if code[:1] == CANARY else claims(code, inputs, names, result_bytes)
+        for answer in answers:
+            write_frame(layers.RESULT_FD, answer)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _wait(child: int, wall_seconds: float) -> bytes:
+    """Wait for the child's end, bring it about at the deadline, and report."""
+    started = time.monotonic()
+    was_killed = False
+    limits = [STRAGGLER_SECONDS, wall_seconds] if wall_seconds > STRAGGLER_SECONDS else [wall_seconds]
+    for limit in limits:
+        ended = _ended(child, started + limit)
+        if ended is not None:
+            break
+        if limit != wall_seconds:
+            os.setpriority(os.PRIO_PROCESS, child, STRAGGLER_NICENESS)
+    else:
+        was_killed = True
+        os.kill(child, signal.SIGKILL)
+        ended = os.wait4(child, 0)
+        signal.sigtimedwait([signal.SIGCHLD], 0)
+    _, status, usage = ended
+    return REPORT.pack(
+        was_killed, status, int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6), min(usage.ru_maxrss, 2**32 - 1)
+    )
+
+
+def _ended(child: int, deadline: float) -> tuple[int, int, resource.struct_rusage] | None:
+    while signal.sigtimedwait([signal.SIGCHLD], max(0.0, deadline - time.monotonic())) is not None:
+        ended = os.wait4(child, os.WNOHANG)
+        if ended[0] == child:
+            return ended
+    return None
+
+
+def _import_what_programs_may_use(allowed_imports: list[str]) -> None:
+    # threading, random and logging ask to be run at every fork: half a millisecond that nobody here needs.
+    os.register_at_fork = lambda **hooks: None
+    codecs = [f"encodings.{codec}" for codec in _CODECS.split()]
+    for name in [*allowed_imports, *codecs, "stringprep", "unicodedata", "math", "collections"]:
+        __import__(name)
+    for name in ("settrace", "setprofile", "_current_frames"):
+        delattr(sys, name)  # with these a program could follow the code that writes its result
+
+
+def _warm_up(options: layers.Options) -> None:
+    """Run a program through the path of every later one, so that children find their memory already touched."""
+    code = marshal.dumps(compile(_WARM_UP, "<program>", "exec"))
+    argument = b"A" + marshal.dumps((([3, 1, 2],), {}))
+    names = builtin_names({*options["allowed_imports"], "math", "collections"})
+    for claim in claims(code, [argument] * 20, names, options["result_bytes"]):
+        if claim[:1] != b"V":
+            raise RuntimeError(f"the warm-up program failed: {claim!r}")
+
+
+class _Nowhere:
+    """Standard output of a program: accepts everything, keeps nothing."""
+
+    encoding = "utf-8"
+    errors = "replace"
+    closed = False
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None: ...
+
+    def isatty(self) -> bool:
+        return False

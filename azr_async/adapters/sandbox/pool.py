@@ -1,0 +1,265 @@
+"""The sandbox that self-play uses: many untrusted programs in flight, none of them trusted with anything."""
+
+import asyncio
+import json
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Final, Literal, Self
+
+from azr_async.adapters.sandbox.helpers import HelperGone, HelperSettings, start_helper
+from azr_async.adapters.sandbox.inside.wire import split_parts, with_length
+from azr_async.adapters.sandbox.lanes import Lane
+from azr_async.adapters.sandbox.meter import Meter
+from azr_async.adapters.sandbox.recent import Recent
+from azr_async.adapters.sandbox.slots import Parser, Slot
+from azr_async.adapters.sandbox.verdicts import Report, agreed, outcomes_of
+from azr_async.algorithm.values import read
+from azr_async.messages import Outcome
+
+_COMPUTING_MODULES: Final = """
+    __future__ abc array base64 binascii bisect cmath collections collections.abc contextlib copy dataclasses decimal
+    difflib enum fractions functools graphlib heapq itertools json keyword math numbers operator pprint re reprlib
+    statistics string struct textwrap types typing unicodedata zlib
+"""
+DEFAULT_IMPORTS: Final = tuple(_COMPUTING_MODULES.split())
+"""Modules that compute and nothing else: no clock, no chance, no file, no thread."""
+
+SPARE_SLOTS: Final = 10
+"""Zygotes beyond `workers`, for programs that take long, so that they delay no other."""
+STRAGGLER_SECONDS: Final = 0.1
+PARSERS: Final = 2
+SOURCE_CHARACTERS: Final = 65_536
+ATTEMPTS: Final = 3
+"""How often a run is handed to another process when one dies under it."""
+
+INPUTS_PER_FORK: Final = 64
+
+InputMode = Literal["literal", "expression"]
+
+
+class SandboxPool:
+    """`ports.Sandbox` on this machine. Use it as `async with SandboxPool(...) as sandbox`.
+
+    Args:
+        workers: programs that compute side by side; programs that take long do not count.
+        wall_seconds: limit of one program on one input.
+        cpu_seconds: the same for CPU time, rounded up to whole seconds, since the kernel counts so.
+        memory_mb: address space that a program may add.
+        allowed_imports: modules that a program may import.
+        result_bytes: longest encoded value that a program may return.
+        cache_entries: verdicts that are remembered.
+        label: stands in the command line of every process of the sandbox.
+    """
+
+    def __init__(
+        self,
+        *,
+        workers: int,
+        wall_seconds: float = 3.0,
+        cpu_seconds: float = 1.0,
+        memory_mb: int = 256,
+        allowed_imports: Sequence[str] = DEFAULT_IMPORTS,
+        result_bytes: int = 65_536,
+        cache_entries: int = 65_536,
+        label: str = "",
+    ) -> None:
+        self._settings = HelperSettings(
+            allowed_imports=allowed_imports, memory_mb=memory_mb, result_bytes=result_bytes, label=label
+        )
+        self._workers = workers
+        self._wall_seconds = wall_seconds
+        self._cpu_seconds = max(1, math.ceil(cpu_seconds))
+        self._result_bytes = result_bytes
+        self._permits = asyncio.Semaphore(workers)
+        self._lanes = [Lane(partial(self._start_slot, flavour), most=workers + SPARE_SLOTS) for flavour in (0, 1)]
+        self._parsers = Lane(self._start_parser, most=PARSERS)
+        self._verdicts: Recent[tuple[str, str, int, InputMode], Outcome] = Recent(cache_entries)
+        self._codes: Recent[str, bytes] = Recent(min(cache_entries, 4096))
+        self._literals: Recent[str, Outcome] = Recent(cache_entries)
+        self._layers: dict[str, str] = {}
+        self.meter = Meter()
+
+    async def __aenter__(self) -> Self:
+        try:
+            async with asyncio.TaskGroup() as starts:
+                self._parsers.open(starts, 1)
+                self._lanes[0].open(starts, self._workers)
+                self._lanes[1].open(starts, 1)
+        except ExceptionGroup as failures:
+            self.close()
+            raise failures.exceptions[0] from None
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill every process of the sandbox. Runs in progress raise SandboxError."""
+        for lane in self._lanes:
+            lane.close()
+        self._parsers.close()
+
+    @property
+    def busy_seconds(self) -> float:
+        """Total so far: wall time in which a program was running, added up over programs running side by side."""
+        return self.meter.busy_seconds
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """Isolation layers that are active, by name."""
+        return dict(self._layers)
+
+    async def run(
+        self, program: str, inputs: Sequence[str], *, times: int = 1, input_mode: InputMode = "literal"
+    ) -> list[Outcome]:
+        """Run `f(<input>)` for each input; one outcome per input, in order.
+
+        Every input is run with fresh module globals and under limits of its own, but inputs of one call may share a
+        process. After an input that ran into a time limit the rest of the call is not tried: `timeout` as well.
+
+        Args:
+            program: Python source that defines `f`.
+            inputs: argument lists as source text.
+            times: 2 runs everything again in a differently seeded process, inputs in reverse order; outcomes that
+                differ are `nondeterministic`.
+            input_mode: `literal` refuses all but literals; `expression` evaluates the text in the program's process.
+
+        Raises:
+            SandboxError: the sandbox is closed, or its processes cannot be started.
+        """
+        known = {text: self._verdicts.get((program, text, times, input_mode)) for text in inputs}
+        new = [text for text, outcome in known.items() if outcome is None]
+        self.meter.remembered += len(inputs) - len(new)
+        found = {text: outcome for text, outcome in known.items() if outcome is not None}
+        for start in range(0, len(new), INPUTS_PER_FORK):
+            part = new[start : start + INPUTS_PER_FORK]
+            for text, outcome in zip(part, await self._judge(program, part, times, input_mode), strict=True):
+                found[text] = outcome
+                self.meter.count(outcome)
+                if outcome is not NOT_TRIED:
+                    self._verdicts.put((program, text, times, input_mode), outcome)
+        return [found[text] for text in inputs]
+
+    async def literal(self, text: str) -> Outcome:
+        """The value of a Python literal: `ok`, or `rejected` when the text is anything else. Nothing is evaluated."""
+        outcome = self._literals.get(text)
+        if outcome is None:
+            (part,) = await self._parse("value", None, [text])
+            outcome = _literal_outcome(part)
+            self._literals.put(text, outcome)
+        return outcome
+
+    async def _judge(self, program: str, inputs: list[str], times: int, input_mode: InputMode) -> list[Outcome]:
+        code = self._codes.get(program)
+        if code is None:
+            code, *arguments = await self._parse(input_mode, program, inputs)
+            self._codes.put(program, code)
+        else:
+            arguments = await self._parse(input_mode, None, inputs) if code[:1] == b"C" else []
+        if code[:1] != b"C":
+            return [_refused(code)] * len(inputs)
+        outcomes = [_refused(argument) for argument in arguments]
+        open_numbers = [number for number, argument in enumerate(arguments) if argument[:1] != b"E"]
+        for repeat in range(times):
+            results = await self._execute(self._lanes[repeat % 2], code[1:], [arguments[n] for n in open_numbers])
+            for number, result in zip(open_numbers, results, strict=True):
+                outcomes[number] = result if repeat == 0 else agreed(outcomes[number], result)
+            # Nothing that ran into a limit is tried again. Reversed: what one input leaves to the next shows itself.
+            open_numbers = [n for n in reversed(open_numbers) if outcomes[n].status in ("ok", "error")]
+        return outcomes
+
+    async def _execute(self, lane: Lane[Slot], code: bytes, arguments: list[bytes]) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        timeouts = 0
+        while len(outcomes) < len(arguments):
+            rest = arguments[len(outcomes) :]
+            report = await self._fork(lane, code, rest)
+            outcomes += outcomes_of(report, len(rest), cpu_limit_seconds=self._cpu_seconds)
+            timeouts += report.was_killed
+            if outcomes[-1].status == "timeout" or timeouts > 1:
+                outcomes += [NOT_TRIED] * (len(arguments) - len(outcomes))
+        return outcomes
+
+    async def _fork(self, lane: Lane[Slot], code: bytes, arguments: list[bytes]) -> Report:
+        request = b"".join(map(with_length, [code, *arguments]))
+        for _ in range(ATTEMPTS):
+            with self.meter.queued():
+                await self._permits.acquire()
+            permit = _Permit(self._permits)
+            try:
+                async with lane.member() as slot:
+                    permit.expire_in(STRAGGLER_SECONDS)
+                    with self.meter.running():
+                        return await slot.run(
+                            request,
+                            wall_seconds=self._wall_seconds,
+                            cpu_seconds=self._cpu_seconds,
+                            limit_bytes=len(arguments) * (self._result_bytes + 8),
+                        )
+            except HelperGone:
+                continue
+            finally:
+                permit.release()
+        return LOST
+
+    async def _parse(self, mode: str, program: str | None, inputs: list[str]) -> list[bytes]:
+        """One part for the program, unless it is None, and one for each input (inside/parser.py)."""
+        texts = inputs if program is None else [program, *inputs]
+        if any(len(text) > SOURCE_CHARACTERS for text in texts):
+            return [f"Elonger than {SOURCE_CHARACTERS} characters".encode()] * len(texts)
+        request = json.dumps([mode, program, inputs]).encode()
+        for _ in range(ATTEMPTS):
+            try:
+                async with self._parsers.member() as parser:
+                    return list(split_parts(await parser.parse(request)))
+            except HelperGone:
+                continue
+        return [b"Eit cannot be parsed within limits"] * len(texts)
+
+    async def _start_slot(self, flavour: int) -> Slot:
+        helper = await start_helper("zygote", self._settings, flavour=flavour)
+        self._layers.update(helper.layers)
+        return Slot(helper)
+
+    async def _start_parser(self) -> Parser:
+        return Parser(await start_helper("parser", self._settings))
+
+
+class _Permit:
+    """The right to compute, handed on when the program ends or has taken long."""
+
+    def __init__(self, permits: asyncio.Semaphore) -> None:
+        self._permits = permits
+        self._is_held = True
+        self._timer: asyncio.TimerHandle | None = None
+
+    def expire_in(self, seconds: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(seconds, self.release)
+
+    def release(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._is_held:
+            self._is_held = False
+            self._permits.release()
+
+
+NOT_TRIED: Final = Outcome(status="timeout", error="not tried: an earlier input of the same call took too long")
+LOST: Final = Report(
+    content=b"", is_over_limit=False, was_killed=False, wait_status=256, cpu_seconds=0.0, wall_ms=0.0
+)
+
+
+def _refused(part: bytes) -> Outcome:
+    return Outcome(status="rejected", error=part[1:].decode("utf-8", "replace")[:200])
+
+
+def _literal_outcome(part: bytes) -> Outcome:
+    if part[:1] != b"V":
+        return _refused(part)
+    try:
+        canonical, literal = read(part[1:].decode("utf-8", "replace"))
+    except ValueError:
+        return Outcome(status="rejected", error="not a literal")
+    return Outcome(status="ok", value=canonical, text=literal)

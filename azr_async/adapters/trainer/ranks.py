@@ -1,0 +1,63 @@
+"""The learner's ranks: how they find each other, and how all of them get the same batch."""
+
+from datetime import timedelta
+from typing import Final
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import distributed
+
+from azr_async.config import Config
+from azr_async.errors import PeerVanished
+
+GRACE_SECONDS: Final = 60.0
+
+
+def connect_ranks(config: Config) -> Accelerator:
+    """Join the other ranks: gloo on the CPU, NCCL on GPUs; RANK, WORLD_SIZE, ... are the launcher's.
+
+    A rank waits for rank 0 as long as rank 0 may wait for a batch or for the start of the engines.
+
+    Raises PeerVanished when the others do not appear in time.
+    """
+    longest_seconds = max(config.wires.start_seconds, config.wires.step_seconds) + GRACE_SECONDS
+    is_cpu = config.placement.train_gpus == 0
+    try:
+        return Accelerator(
+            cpu=is_cpu,
+            mixed_precision="bf16" if config.model.precision == "bfloat16" and not is_cpu else "no",
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=longest_seconds)),
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            ],
+        )
+    except distributed.DistError as error:
+        raise PeerVanished(
+            f"the learner's {config.learner_ranks} ranks did not find each other: {error}. Look at the end of the "
+            "learner-<rank> logs for the first that failed, and check that MASTER_PORT is free."
+        ) from error
+
+
+def share(payload: bytes, accelerator: Accelerator) -> bytes:
+    """Rank 0's `payload` on every rank; what the others pass in is ignored. Bytes only, nothing is pickled.
+
+    Raises PeerVanished when a rank is gone.
+    """
+    if accelerator.num_processes == 1:
+        return payload
+    length = torch.tensor([len(payload)], dtype=torch.int64, device=accelerator.device)
+    try:
+        distributed.broadcast(length, src=0)
+        data = torch.zeros(int(length), dtype=torch.uint8)
+        if accelerator.is_main_process:
+            data = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else data
+        data = data.to(accelerator.device)
+        if len(data):
+            distributed.broadcast(data, src=0)
+    except RuntimeError as error:
+        raise PeerVanished(
+            f"rank {accelerator.process_index} of the learner lost the other ranks: {error}. "
+            "Look at the end of the other learner-<rank> logs, then resume from the last checkpoint."
+        ) from error
+    return data.cpu().numpy().tobytes()

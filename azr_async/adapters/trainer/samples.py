@@ -1,0 +1,141 @@
+"""From rollouts to training samples: what must not be trained, what each rollout earned, what it weighs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from azr_async.algorithm.credit import CellStats, shuffled_within_cells, task_relative_advantages, token_weights
+from azr_async.config import Config
+from azr_async.errors import TrainingError
+from azr_async.messages import Cell, Role, Rollout, RolloutBatch, cell_name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One sequence to train on; arrays have one entry per token, `prompt_length` of them given."""
+
+    token_ids: NDArray[np.int32]
+    behavior_logp: NDArray[np.float32]
+    token_version: NDArray[np.int32]
+    prompt_length: int
+    advantage: float = 0.0
+    weight: float = 0.0
+    """Of each of its tokens in the loss."""
+    temperature: float = 1.0
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of the completion."""
+        return len(self.token_ids) - self.prompt_length
+
+    @property
+    def is_idle(self) -> bool:
+        """It cannot move the weights; it counts in the normaliser all the same."""
+        return self.advantage == 0.0 or self.weight == 0.0
+
+
+def unrewarded(token_ids: NDArray[np.int32], *, prompt_length: int = 1) -> Sample:
+    """A sequence to be scored only, after its prompt."""
+    return Sample(
+        token_ids=token_ids,
+        behavior_logp=np.zeros(len(token_ids), np.float32),
+        token_version=np.zeros(len(token_ids), np.int32),
+        prompt_length=prompt_length,
+    )
+
+
+def refuse_unfit(batch: RolloutBatch, version: int, config: Config) -> None:
+    """Raise TrainingError when the learner at `version` must not be trained on `batch`."""
+    max_lag, learner = config.flow.max_lag, config.learner
+    if learner.objective == "none" and max_lag > 0 and not learner.allow_uncorrected:
+        raise TrainingError(
+            f"learner.objective = none would train data up to {max_lag} steps old without correction. Choose "
+            "decoupled-ppo, masked-is or cispo, set flow.max_lag to 0, or insist with learner.allow_uncorrected."
+        )
+    if batch.version != version:
+        raise TrainingError(
+            f"a batch for version {batch.version} reached the learner at version {version}: the two have lost step. "
+            "Resume from the last checkpoint; if it happens again, report it with both logs."
+        )
+    if not batch.rollouts:
+        raise TrainingError(f"the batch for version {version} is empty. Look at the end of the selfplay log.")
+    for rollout in batch.rollouts:
+        _refuse_rollout(rollout, version, max_lag)
+
+
+def credited(batch: RolloutBatch, config: Config) -> tuple[list[list[Sample]], dict[Cell, CellStats]]:
+    """The batch as `learner.minibatches` lists of samples, and the reward statistics of each cell.
+
+    Advantages are relative to the whole batch; weights are normalised per mini-batch, each being one update.
+    """
+    rollouts, learner = batch.rollouts, config.learner
+    cells: list[Cell] = [(rollout.role, rollout.task) for rollout in rollouts]
+    rewards = np.array([rollout.reward for rollout in rollouts])
+    lengths = np.array([len(rollout.token_ids) - rollout.prompt_length for rollout in rollouts])
+    seed = (config.run.seed, batch.version)
+    if config.control.shuffle_rewards:
+        rewards = shuffled_within_cells(rewards, cells, seed)
+    advantages, stats = task_relative_advantages(rewards, lengths, cells, learner.normalise)
+    emphasis = {cell: learner.propose_weight for cell in set(cells) if cell[0] == "propose"}
+    parts = []
+    for members in _parts(len(rollouts), learner.minibatches, seed):
+        weights = token_weights(
+            lengths[members],
+            [cells[member] for member in members],
+            aggregation=learner.aggregation,
+            cell_weights=learner.cell_weights,
+            emphasis=emphasis,
+        )
+        parts.append(
+            [
+                _sample(rollouts[member], float(advantages[member]), float(weight), temperatures(config))
+                for member, weight in zip(members, weights, strict=True)
+            ]
+        )
+    return parts, stats
+
+
+def temperatures(config: Config) -> dict[Role, float]:
+    """Sampling temperature of each role; greedy samples (0) are scored at 1."""
+    return {"propose": config.propose.temperature or 1.0, "solve": config.solve.temperature or 1.0}
+
+
+def _sample(rollout: Rollout, advantage: float, weight: float, temperature: Mapping[Role, float]) -> Sample:
+    return Sample(
+        token_ids=rollout.token_ids,
+        behavior_logp=rollout.behavior_logp,
+        token_version=rollout.token_version,
+        prompt_length=rollout.prompt_length,
+        advantage=advantage,
+        weight=weight,
+        temperature=temperature[rollout.role],
+    )
+
+
+def _parts(count: int, minibatches: int, seed: Sequence[int]) -> list[NDArray[np.intp]]:
+    if minibatches == 1:
+        return [np.arange(count)]
+    order = np.random.default_rng(list(seed)).permutation(count)
+    return [part for part in np.array_split(order, minibatches) if len(part)]
+
+
+def _refuse_rollout(rollout: Rollout, version: int, max_lag: int) -> None:
+    name = f"rollout {rollout.rollout_id} ({cell_name((rollout.role, rollout.task))})"
+    if not 0 < rollout.prompt_length < len(rollout.token_ids):
+        raise TrainingError(
+            f"{name} has {rollout.prompt_length} prompt tokens of {len(rollout.token_ids)}: nothing to train on. "
+            "Self-play must not send it; report it with the selfplay log."
+        )
+    oldest, newest = rollout.oldest_version, int(rollout.token_version.max())
+    if version - oldest > max_lag:
+        raise TrainingError(
+            f"{name} holds a token of version {oldest}, {version - oldest} steps old at version {version}, but "
+            f"flow.max_lag = {max_lag}. Self-play must drop it: report this; or allow it with a larger flow.max_lag."
+        )
+    if newest > version:
+        raise TrainingError(
+            f"{name} holds a token of version {newest}, but the learner is at version {version}: an engine counts "
+            "versions wrongly. Look at its inference log."
+        )

@@ -1,0 +1,54 @@
+"""From judged attempts to rollouts: a group is whole when its proposal (if any) and all its attempts are judged."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from azr_async.algorithm.credit import learnability
+from azr_async.algorithm.judging import MALFORMED, RIGHT
+from azr_async.messages import Challenge, Completion, Judged, Rejected, Role, Rollout, Task
+
+
+def rollouts_of_group(
+    challenge: Challenge, judged: Sequence[Judged], *, proposer_extreme: float, rollout_ids: Iterator[int]
+) -> list[Rollout]:
+    """The samples of a whole group: the proposer's, rewarded by learnability, and the solver's trained attempts.
+
+    The attempts that are trained on are the first by index, not the first to end: short answers end first.
+    """
+    if any(len(item.attempt.completion.token_ids) == 0 for item in judged):
+        return []  # the prompt did not fit the context: there is nothing to train, nor to judge the proposer by
+    problem = challenge.problem
+    rollouts = [
+        _rollout("solve", problem.task, challenge.group_id, item.attempt.completion, item.reward, rollout_ids)
+        for item in sorted(judged, key=lambda item: item.attempt.completion.index)[: challenge.trained_attempts]
+    ]
+    if challenge.proposal is not None:
+        successes = sum(item.reward == RIGHT for item in judged)
+        reward = learnability(successes, len(judged), proposer_extreme)
+        completion = challenge.proposal.completion
+        rollouts.append(_rollout("propose", problem.task, challenge.group_id, completion, reward, rollout_ids))
+    return rollouts
+
+
+def rollout_of_rejection(rejected: Rejected, *, rollout_ids: Iterator[int]) -> Rollout:
+    """The sample of a proposal that is not a valid task."""
+    admission = rejected.proposal.admission
+    completion = rejected.proposal.completion
+    return _rollout("propose", admission.task, admission.group_id, completion, MALFORMED, rollout_ids)
+
+
+def _rollout(
+    role: Role, task: Task, group_id: int, completion: Completion, reward: float, rollout_ids: Iterator[int]
+) -> Rollout:
+    prompt = len(completion.prompt_ids)
+    return Rollout(
+        rollout_id=next(rollout_ids),
+        group_id=group_id,
+        role=role,
+        task=task,
+        token_ids=np.concatenate([completion.prompt_ids, completion.token_ids]),
+        behavior_logp=np.concatenate([np.zeros(prompt, np.float32), completion.behavior_logp]),
+        token_version=np.concatenate([np.full(prompt, -1, np.int32), completion.token_version]),
+        reward=reward,
+    )

@@ -1,0 +1,193 @@
+"""How much work may be alive, and how old a token can then be. All version arithmetic is here.
+
+Version = number of optimizer steps inside the weights. A sample trained by the step that turns
+version v into v + 1 has `lag = v - (version of its oldest trained token)`.
+
+Why the bound holds without waste. Each (role, task) cell of batch size b owns (max_lag + 1) b slots.
+A slot is charged when a sample is admitted and comes back when weights that contain the sample have
+reached every engine (or at once, when the sample turns out not to exist). So at most
+(max_lag + 1) b + x b samples were ever admitted under version x or older, of which v b have been
+consumed before the batch of version v. With x = v - max_lag that leaves at most b: taking the oldest
+first, and waiting for those that are still being generated, every sample is trained within its bound
+and none is dropped. `late = "drop"` does not wait, and sweeps what has become too old.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from azr_async.errors import TrainingError
+from azr_async.messages import CELLS, Admission, Cell, Role, Rollout, Task
+
+
+def lag_of(rollout: Rollout, version: int) -> int:
+    """Age in optimizer steps of the oldest trained token, when weights of `version` are trained on it."""
+    return version - rollout.oldest_version
+
+
+def check_lag(rollouts: Iterable[Rollout], *, version: int, max_lag: int) -> None:
+    """Raise TrainingError when any trained token is older than the bound, or younger than possible."""
+    for rollout in rollouts:
+        lag = lag_of(rollout, version)
+        newest = int(rollout.token_version.max())
+        if lag > max_lag or newest > version:
+            raise TrainingError(
+                f"rollout {rollout.rollout_id} of group {rollout.group_id} has tokens of versions "
+                f"{rollout.oldest_version}..{newest}, but the batch trains version {version} with max_lag = {max_lag}. "
+                "This is a bug in the bookkeeping: keep the run directory and report it."
+            )
+
+
+@dataclass(slots=True)
+class _CellState:
+    """One (role, task) cell: where each of its slots is."""
+
+    batch: int
+    flying: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """group -> (samples being generated, version at admission)."""
+    ready: list[tuple[int, int, Rollout]] = field(default_factory=list)
+    """(oldest version, group, rollout): judged, waiting for a batch."""
+    training: dict[int, int] = field(default_factory=dict)
+    """version of the batch -> samples in it, until version + 1 is installed everywhere."""
+
+    def charged(self) -> int:
+        return sum(count for count, _ in self.flying.values()) + len(self.ready) + sum(self.training.values())
+
+    def oldest_flying(self) -> int | None:
+        return min((version for _, version in self.flying.values()), default=None)
+
+
+@dataclass(slots=True)
+class Flow:
+    """Slots of all cells: what may be admitted now, and which samples make the next batch."""
+
+    max_lag: int
+    propose_samples: int
+    solve_samples: int
+    trained_attempts: int
+    tasks: tuple[Task, ...]
+    late: Literal["wait", "drop"] = "wait"
+    version: int = 0
+    """Newest version that every engine has."""
+    _next_group: int = 0
+    _cells: dict[Cell, _CellState] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes: dict[Role, int] = {"propose": self.propose_samples, "solve": self.solve_samples}
+        self._cells = {cell: _CellState(sizes[cell[0]]) for cell in CELLS if cell[1] in self.tasks}
+
+    def admit(self, solvable: Collection[Task]) -> Admission | None:
+        """The next group to start, or None when every window is full.
+
+        Proposals first; where a task's proposers are at their limit, tasks of the library (`solvable`
+        names the kinds that have any) fill the solver's window. The emptiest cell goes first.
+        """
+        proposable = [
+            task
+            for task in self.tasks
+            if self._free(("propose", task)) >= 1 and self._free(("solve", task)) >= self.trained_attempts
+        ]
+        refillable = [
+            task
+            for task in self.tasks
+            if task in solvable and self._free(("propose", task)) < 1 and self._free(("solve", task)) >= 1
+        ]
+        role: Role
+        for role, candidates in (("propose", proposable), ("solve", refillable)):
+            if candidates:
+                emptiness = {task: self._free((role, task)) / self._cells[role, task].batch for task in candidates}
+                return self._charge(max(candidates, key=emptiness.__getitem__), is_proposal=role == "propose")
+        return None
+
+    def release(self, group_id: int, cell: Cell, count: int | None = None) -> None:
+        """Give back `count` (default: all) slots of a group whose samples will never exist."""
+        flying = self._cells[cell].flying
+        charged, version = flying.pop(group_id, (0, 0))
+        left = charged - (charged if count is None else count)
+        if left > 0:
+            flying[group_id] = (left, version)
+
+    def complete(self, rollout: Rollout) -> None:
+        """A charged sample has been generated and judged."""
+        cell = (rollout.role, rollout.task)
+        if rollout.group_id not in self._cells[cell].flying:
+            raise TrainingError(
+                f"rollout {rollout.rollout_id} of group {rollout.group_id} arrived without an admitted slot. "
+                "This is a bug in the bookkeeping: keep the run directory and report it."
+            )
+        self.release(rollout.group_id, cell, 1)
+        self._cells[cell].ready.append((rollout.oldest_version, rollout.group_id, rollout))
+
+    def sweep(self, version: int) -> list[Rollout]:
+        """Take out, and return, the samples that a batch of `version` may no longer contain."""
+        dropped: list[Rollout] = []
+        for cell in self._cells.values():
+            dropped += [rollout for oldest, _, rollout in cell.ready if version - oldest > self.max_lag]
+            cell.ready = [entry for entry in cell.ready if version - entry[0] <= self.max_lag]
+        return dropped
+
+    def compose(self, version: int, solvable: Collection[Task]) -> list[Rollout] | None:
+        """The batch that weights of `version` train on, oldest samples first; None while it must still wait.
+
+        A solver cell is excused when its kind has nothing to solve: no task in the library, none on the way.
+        """
+        chosen: list[tuple[_CellState, list[tuple[int, int, Rollout]]]] = []
+        for (role, task), cell in self._cells.items():
+            excused = role == "solve" and task not in solvable and cell.charged() == 0
+            oldest = cell.oldest_flying()
+            must_wait = self.late == "wait" and oldest is not None and oldest <= version - self.max_lag
+            if not excused and (len(cell.ready) < cell.batch or must_wait):
+                return None
+            chosen.append((cell, sorted(cell.ready, key=lambda entry: entry[:2])[: cell.batch]))
+        batch: list[Rollout] = []
+        for cell, entries in chosen:
+            taken = {id(entry[2]) for entry in entries}
+            cell.ready = [entry for entry in cell.ready if id(entry[2]) not in taken]
+            cell.training[version] = len(entries)
+            batch += [rollout for _, _, rollout in entries]
+        check_lag(batch, version=version, max_lag=self.max_lag)
+        return batch
+
+    def installed(self, version: int) -> None:
+        """Every engine samples with `version` now: slots of older batches come back."""
+        if version < self.version:
+            raise TrainingError(
+                f"version {version} was announced after version {self.version}. "
+                "This is a bug in the bookkeeping: keep the run directory and report it."
+            )
+        self.version = version
+        for cell in self._cells.values():
+            cell.training = {trained: count for trained, count in cell.training.items() if trained >= version}
+
+    def groups(self) -> set[int]:
+        """Groups of which samples are being generated or wait for a batch."""
+        return {
+            group
+            for cell in self._cells.values()
+            for groups in (cell.flying, (entry[1] for entry in cell.ready))
+            for group in groups
+        }
+
+    def alive(self) -> dict[Cell, tuple[int, int]]:
+        """Per cell: samples being generated, samples waiting for a batch."""
+        return {
+            key: (sum(count for count, _ in cell.flying.values()), len(cell.ready)) for key, cell in self._cells.items()
+        }
+
+    def _free(self, cell: Cell) -> int:
+        return (self.max_lag + 1) * self._cells[cell].batch - self._cells[cell].charged()
+
+    def _charge(self, task: Task, *, is_proposal: bool) -> Admission:
+        attempts = min(self.trained_attempts, self._free(("solve", task)))
+        admission = Admission(
+            group_id=self._next_group,
+            task=task,
+            is_proposal=is_proposal,
+            trained_attempts=attempts,
+            version=self.version,
+        )
+        self._next_group += 1
+        self._cells["solve", task].flying[admission.group_id] = (attempts, self.version)
+        if is_proposal:
+            self._cells["propose", task].flying[admission.group_id] = (1, self.version)
+        return admission

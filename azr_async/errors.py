@@ -1,0 +1,41 @@
+"""The errors a user may meet. Each message says what happened and ends with what to do."""
+
+
+class AzrError(Exception):
+    """Anything a user can act on; programs print it without a traceback."""
+
+
+class ConfigError(AzrError):
+    """The configuration or the command line is wrong; nothing was started (exit status 2)."""
+
+
+class MessageError(AzrError):
+    """A message is malformed, too large or of an unknown kind; it was refused, not half-read."""
+
+
+class PeerVanished(AzrError):
+    """The other end of a channel stopped answering within its deadline."""
+
+
+class ChannelClosed(AzrError):
+    """The other end of a channel has closed it; nothing more can be sent."""
+
+
+class SandboxError(AzrError):
+    """The sandbox itself failed; a program that misbehaves is an `Outcome`, never this."""
+
+
+class EngineError(AzrError):
+    """The inference engine cannot do what it was asked."""
+
+
+class WeightsError(AzrError):
+    """Weights did not arrive whole: a missing rank, a wrong digest, a canary that disagrees."""
+
+
+class CheckpointError(AzrError):
+    """A checkpoint or model folder is missing, incomplete or damaged."""
+
+
+class TrainingError(AzrError):
+    """The learner refuses to go on: a batch beyond its lag bound, without correction, not finite."""

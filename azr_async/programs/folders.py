@@ -1,0 +1,94 @@
+"""The two folders of a run: the one that stays, with its results, and the private one for sockets that goes with it."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Final, TextIO
+
+import yaml
+
+from azr_async.config import Config
+from azr_async.errors import ConfigError
+from azr_async.programs.wiring import CONFIG_FILE, LAUNCHER_PID_FILE
+
+WIRES_PREFIX: Final = "azr-"
+JOURNAL_FILES: Final = ("journal.sqlite", "journal.sqlite-wal")
+
+
+def new_run_dir(name: str) -> Path:
+    """`runs/<time>-<name>`, which does not exist yet."""
+    path = Path("runs") / f"{datetime.now().astimezone():%Y%m%d-%H%M%S}-{name}"
+    others = (path.with_name(f"{path.name}-{n}") for n in range(2, 1000))
+    return path if not path.exists() else next(other for other in others if not other.exists())
+
+
+def config_text(config: Config) -> str:
+    """The resolved configuration as YAML that `--config` takes back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+
+
+def claimed_run_dir(run_dir: Path, config: Config, journal_from: Path | None) -> TextIO:
+    """Make the run's folder with `logs/` and `config.yaml`; other launchers stay out until the result is closed.
+
+    Args:
+        run_dir: new, empty, or the folder of the run that goes on.
+        config: what to write into it.
+        journal_from: another run's folder whose journal is copied, for a run that branches off.
+
+    Raises ConfigError when the folder cannot be written, or a run is going on in it.
+    """
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        file = (run_dir / CONFIG_FILE).open("a", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(config_text(config))
+            file.flush()
+            os.fsync(file.fileno())  # a full disk shows here, not minutes later
+            for name in JOURNAL_FILES if journal_from else ():
+                with suppress(FileNotFoundError):
+                    shutil.copyfile(f"{journal_from}/{name}", run_dir / name)
+        except OSError:
+            with suppress(OSError):  # what could not be written is written once more on closing
+                file.close()
+            raise
+    except BlockingIOError:
+        raise ConfigError(f"another run is going on in {run_dir}. Stop it, or choose another --output.") from None
+    except OSError as error:
+        raise ConfigError(
+            f"the run directory {run_dir} cannot be written: {error.strerror}. "
+            "Free some space there, or choose another folder with --output."
+        ) from None
+    return file
+
+
+@contextmanager
+def private_wires_dir() -> Iterator[Path]:
+    """A folder for socket files that only this user can enter; gone afterwards.
+
+    Also removes those whose launcher was killed too suddenly to do so.
+    """
+    for pid_file in Path(tempfile.gettempdir()).glob(f"{WIRES_PREFIX}*/{LAUNCHER_PID_FILE}"):
+        _remove_if_abandoned(pid_file)
+    wires_dir = Path(tempfile.mkdtemp(prefix=WIRES_PREFIX))
+    try:
+        with (wires_dir / LAUNCHER_PID_FILE).open("w", encoding="ascii") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when the launcher dies, however it does
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield wires_dir
+    finally:
+        shutil.rmtree(wires_dir, ignore_errors=True)
+
+
+def _remove_if_abandoned(pid_file: Path) -> None:
+    with suppress(OSError), pid_file.open("r+", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock.read():  # empty: its launcher is about to lock it
+            shutil.rmtree(pid_file.parent, ignore_errors=True)

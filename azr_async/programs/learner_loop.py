@@ -1,0 +1,159 @@
+"""Rank 0 of the learner: the order in which batches, updates, pushes, evaluations, lines and checkpoints follow."""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from azr_async.adapters import checkpoints
+from azr_async.adapters.channels import wire
+from azr_async.adapters.trainer import StepReport, Trainer, share
+from azr_async.config import Config
+from azr_async.messages import BatchRequest, EvaluationRequest, EvaluationResult, RolloutBatch, WeightsReady
+from azr_async.programs.learner_metrics import Books, Push, Record, empty_record, step_record
+from azr_async.programs.learner_weights import Publisher, TorchThread
+from azr_async.programs.learner_wires import Wires
+from azr_async.programs.wiring import Reporter
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """What a rank trains, and where it starts."""
+
+    model: Any
+    tokenizer: Any
+    trainer: Trainer
+    accelerator: Accelerator
+    is_resumed: bool
+    wall_seconds: float
+    """Training time before this process started."""
+
+
+class Leader:
+    """Trains up to `run.steps`, or until a stop is requested.
+
+    The next batch is asked for before a step and comes while it is computed. An evaluation runs during the next
+    step, and the next push waits for it, so that it is an evaluation of exactly one version.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        config: Config,
+        *,
+        torch: TorchThread,
+        wires: Wires,
+        publisher: Publisher,
+        books: Books,
+        reporter: Reporter,
+        checkpoint_root: Path,
+    ) -> None:
+        self._loaded, self._trainer, self._config = loaded, loaded.trainer, config
+        self._torch, self._wires, self._publisher = torch, wires, publisher
+        self._books, self._reporter, self._checkpoint_root = books, reporter, checkpoint_root
+        self._saved_step = self._trainer.version
+        self._started = self._last_step_end = 0.0
+        self._unwritten: Record | None = None  # the line of the installed weights, while they are evaluated
+
+    async def run(self) -> None:
+        """The whole run; a checkpoint of the newest weights is its last deed."""
+        push = await self._publish()
+        self._last_step_end = time.monotonic()
+        self._started = self._last_step_end - self._loaded.wall_seconds
+        if not self._loaded.is_resumed and self._is_evaluated(0):
+            await self._file(empty_record(0, self._config, wall_seconds=0.0, push=push))
+        if self._goes_on():
+            await self._wires.requests.send(BatchRequest(version=self._trainer.version))
+        while self._goes_on() and (batch := await self._next_batch()) is not None:
+            report = await self._train(batch)
+            await self._file_evaluated()
+            push = await self._publish()
+            await self._file(self._record(batch, report, push))
+            if self._config.checkpoint.every_steps and report.version % self._config.checkpoint.every_steps == 0:
+                await self._save()
+        await self._file_evaluated()
+        await self._save()
+
+    def _goes_on(self) -> bool:
+        return self._trainer.version < self._config.run.steps and not self._reporter.stop_requested.is_set()
+
+    def _is_evaluated(self, step: int) -> bool:
+        evaluation = self._config.evaluation
+        is_due = evaluation.every_steps > 0 and step % evaluation.every_steps == 0
+        return evaluation.suite != "none" and (is_due or step in (0, self._config.run.steps))
+
+    def _report(self, phase: str) -> None:
+        self._reporter.report(phase, self._trainer.version, self._config.run.steps)
+
+    async def _publish(self) -> Push:
+        self._report("pushing weights")
+        push = await self._publisher.push(self._trainer.version)
+        await self._wires.requests.send(WeightsReady(version=self._trainer.version))
+        return push
+
+    async def _next_batch(self) -> RolloutBatch | None:
+        self._report("waiting for samples")
+        return await self._wires.inbox.next(
+            RolloutBatch, deadline_seconds=self._config.wires.step_seconds, whom="selfplay"
+        )
+
+    async def _train(self, batch: RolloutBatch) -> StepReport:
+        self._report("training")
+        if self._trainer.version + 1 < self._config.run.steps:
+            await self._wires.requests.send(BatchRequest(version=self._trainer.version + 1))
+        return await self._torch.run(partial(self._train_on_all_ranks, batch))
+
+    def _train_on_all_ranks(self, batch: RolloutBatch) -> StepReport:
+        if self._loaded.accelerator.num_processes > 1:
+            share(wire.encode(batch), self._loaded.accelerator)
+        return self._trainer.train(batch)
+
+    def _record(self, batch: RolloutBatch, report: StepReport, push: Push) -> Record:
+        now, before = time.monotonic(), self._last_step_end
+        self._last_step_end = now
+        busy_share = report.seconds / (now - before)
+        return step_record(
+            batch, report, push, self._config, wall_seconds=now - self._started, busy_share=busy_share
+        )
+
+    async def _file(self, record: Record) -> None:
+        """Write a line, or keep it until its evaluation, asked for here, has arrived."""
+        if not self._is_evaluated(record["step"]):
+            self._books.enter_step(record, None)
+            return
+        await self._wires.requests.send(EvaluationRequest(version=record["version"]))
+        self._unwritten = record
+
+    async def _file_evaluated(self) -> None:
+        """Wait for the evaluation that is on its way, if any, and write its line; on a stop without it."""
+        if self._unwritten is None:
+            return
+        record, self._unwritten = self._unwritten, None
+        self._report("waiting for the evaluation")
+        result = await self._wires.inbox.next(
+            EvaluationResult, deadline_seconds=self._config.wires.step_seconds, whom="selfplay"
+        )
+        self._books.enter_step(record, result)
+
+    async def _save(self) -> None:
+        """Write a checkpoint, unless there is one of these weights."""
+        version = self._trainer.version
+        if version == self._saved_step:
+            return
+        self._report("writing a checkpoint")
+        self._saved_step = version
+        await self._torch.run(
+            lambda: checkpoints.save(
+                self._checkpoint_root,
+                step=version,
+                version=version,
+                model=self._loaded.model,
+                tokenizer=self._loaded.tokenizer,
+                optimizer=self._trainer.optimizer_state(),
+                keep=self._config.checkpoint.keep,
+                extra={"wall_seconds": time.monotonic() - self._started},
+            )
+        )

@@ -1,0 +1,173 @@
+"""Which program runs on which device: pure planning, and the question what this host has."""
+
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from azr_async.config import Config
+from azr_async.errors import ConfigError
+
+PACKAGE_ROOT: Final = Path(__file__).parents[2]
+
+Role = Literal["generates", "plays, judges, paces", "learns"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placed:
+    """One program of a run and its devices."""
+
+    process: str
+    """Its name in messages, logs and the live view."""
+    role: Role
+    arguments: tuple[str, ...]
+    """What follows `python -m`, without the folders."""
+    gpus: tuple[int, ...]
+    """Indices among the GPUs that the launcher may use; empty on the CPU."""
+    rank: int | None = None
+    """Rank in the learner group; None outside of it."""
+
+    @property
+    def devices(self) -> str:
+        """For people: `cuda:0`, `cuda:4..7`, `CPU`."""
+        if not self.gpus:
+            return "CPU"
+        first, last = self.gpus[0], self.gpus[-1]
+        return f"cuda:{first}" if first == last else f"cuda:{first}..{last}"
+
+
+def place(config: Config) -> tuple[Placed, ...]:
+    """Every program of a run: engines on the first GPUs, learner ranks on the next ones, or on the same if shared."""
+    placement = config.placement
+    span = placement.tensor_parallel if placement.inference_gpus else 0
+    engines = [
+        Placed(
+            process=f"inference-{i}",
+            role="generates",
+            arguments=("azr_async.programs.inference", "--index", str(i)),
+            gpus=tuple(range(i * span, (i + 1) * span)),
+        )
+        for i in range(config.inference_workers)
+    ]
+    selfplay = Placed(
+        process="selfplay", role="plays, judges, paces", arguments=("azr_async.programs.selfplay",), gpus=()
+    )
+    first_train_gpu = 0 if placement.mode == "shared" else placement.inference_gpus
+    ranks = [
+        Placed(
+            process=f"learner-{rank}",
+            role="learns",
+            arguments=("azr_async.programs.learner", "--rank", str(rank)),
+            gpus=(first_train_gpu + rank,) if placement.train_gpus else (),
+            rank=rank,
+        )
+        for rank in range(config.learner_ranks)
+    ]
+    return (*engines, selfplay, *ranks)
+
+
+def gpus_needed(config: Config) -> int:
+    """How many GPUs the host must have."""
+    sides = (config.placement.inference_gpus, config.placement.train_gpus)
+    return max(sides) if config.placement.mode == "shared" else sum(sides)
+
+
+def gpus_found() -> int:
+    """GPUs that this process may use."""
+    import torch  # slow to import, and a CPU run does not ask
+
+    return torch.cuda.device_count()
+
+
+def check_gpus(config: Config, found: int) -> None:
+    """Raise ConfigError when the host has fewer GPUs than the configuration wants; says what fits instead."""
+    placement, needed = config.placement, gpus_needed(config)
+    if needed <= found:
+        return
+    wish = f"{placement.inference_gpus} inference + {placement.train_gpus} train GPUs need {needed}"
+    if placement.mode == "shared":
+        wish = f"{placement.inference_gpus} inference and {placement.train_gpus} train GPUs, shared, need {needed}"
+    raise ConfigError(f"{wish}, but this machine has {_counted(found)}. {_what_fits(config, found)}")
+
+
+def environment(
+    placed: Placed, everyone: Sequence[Placed], base: Mapping[str, str], *, rendezvous_port: int
+) -> dict[str, str]:
+    """The environment of one program: the launcher's, with devices, threads and its place in the learner group.
+
+    Learner ranks see all train GPUs and choose by LOCAL_RANK, as under torchrun; an engine sees only its own.
+    """
+    ranks = [other for other in everyone if other.rank is not None]
+    is_rank = placed.rank is not None
+    gpus = tuple(dict.fromkeys(gpu for rank in ranks for gpu in rank.gpus)) if is_rank else placed.gpus
+    result = dict(base)
+    result["CUDA_VISIBLE_DEVICES"] = ",".join(_as_numbered_by(base.get("CUDA_VISIBLE_DEVICES"), gpu) for gpu in gpus)
+    # The programs are the launcher's own code, wherever it was started from.
+    result["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), base.get("PYTHONPATH")]))
+    # Two threads per process on shared cores are several times slower than one; a GPU program needs few.
+    result |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    result |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONHASHSEED": "0"}
+    if sys.platform == "linux":
+        result["GLOO_SOCKET_IFNAME"] = "lo"  # all programs are on this host; its name may resolve to anything
+    if placed.rank is not None:
+        result |= {
+            "RANK": str(placed.rank),
+            "LOCAL_RANK": str(placed.rank),
+            "WORLD_SIZE": str(len(ranks)),
+            "LOCAL_WORLD_SIZE": str(len(ranks)),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(rendezvous_port),
+        }
+    return result
+
+
+def command(placed: Placed, *, run_dir: Path, wires_dir: Path, resume: Path | None) -> tuple[str, ...]:
+    """The command line of one program; the run directory in it shows in `ps` which run it belongs to."""
+    folders = ("--run-dir", str(run_dir), "--wires", str(wires_dir))
+    resuming = ("--resume", str(resume)) if resume is not None and placed.rank is not None else ()
+    return (sys.executable, "-m", *placed.arguments, *folders, *resuming)
+
+
+def free_port() -> int:
+    """A TCP port that was free on loopback a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def describe_host(found: int) -> str:
+    """One line about this machine."""
+    return f"{len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()} CPU cores, {_counted(found)}"
+
+
+def _as_numbered_by(visible: str | None, gpu: int) -> str:
+    # The user may have given the launcher only some GPUs; ours are counted among those.
+    names = visible.split(",") if visible else []
+    return names[gpu].strip() if gpu < len(names) else str(gpu)
+
+
+def _counted(gpus: int) -> str:
+    return {0: "no GPU", 1: "1 GPU"}.get(gpus, f"{gpus} GPUs")
+
+
+def _what_fits(config: Config, found: int) -> str:
+    if found == 0:
+        return (
+            "Leave --inference-gpus and --train-gpus out to run on the CPU. If there should be GPUs, `nvidia-smi` must "
+            "list them, and torch must be a CUDA build: `python -c 'import torch; print(torch.version.cuda)'`."
+        )
+    if found == 1:
+        return (
+            "For one GPU that does both: --inference-gpus 1 --train-gpus 1 --placement shared. "
+            "For the CPU leave both out."
+        )
+    span = config.placement.tensor_parallel
+    if span > found:
+        return f"An engine of {span} GPUs does not fit; lower --placement.tensor-parallel to {found} or less."
+    inference = max(span, found // 2 // span * span)
+    if inference < found:
+        return f"What fits: --inference-gpus {inference} --train-gpus {found - inference}. For the CPU leave both out."
+    return f"What fits: --inference-gpus {inference} --train-gpus {found} --placement shared."

@@ -1,0 +1,217 @@
+"""Keeps a set of programs: starts them, notices the first that fails, and leaves no process behind."""
+
+import asyncio
+import os
+import signal
+import time
+from asyncio.subprocess import DEVNULL, Process
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+State = Literal["starting", "running", "ended", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProgramSpec:
+    """One program to run, as plain data."""
+
+    name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    log_path: Path
+    """Receives stdout and stderr."""
+    ends_the_run: bool = False
+    """When all programs with this mark have ended, the run is done."""
+    is_told_to_stop: bool = False
+    """Gets SIGTERM when the user wants to stop; the others end because their channels close."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deadlines:
+    """How long the supervisor waits, in seconds."""
+
+    start_seconds: float
+    """Until every program was heard of."""
+    stop_seconds: float
+    """After the user's wish to stop, until programs are killed."""
+    linger_seconds: float
+    """After the run is done, for the programs that only served it."""
+    grace_seconds: float = 3.0
+    """Between SIGTERM and SIGKILL."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """A program that is no more."""
+
+    name: str
+    status: int
+    """Exit status, or minus the signal that killed it."""
+    at_seconds: float
+    """When, on this host's monotonic clock."""
+    was_told: bool
+    """The supervisor had already signalled it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunEnd:
+    """How a run ended."""
+
+    kind: Literal["done", "failed", "interrupted"]
+    programs: tuple[Ended, ...]
+    """Programs that ended by themselves, in the order in which they did."""
+    complaint: str = ""
+    """Set when a run failed although no program did."""
+    killed: tuple[str, ...] = ()
+    """Programs that had to be killed."""
+
+
+class Supervisor:
+    """Runs programs until the run is done, one fails, or the user wants to stop."""
+
+    def __init__(
+        self,
+        specs: Sequence[ProgramSpec],
+        deadlines: Deadlines,
+        *,
+        is_consequence: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        """`is_consequence` tells whether a failed program says that it fell because of another."""
+        self._is_consequence = is_consequence
+        self._specs = specs
+        self._deadlines = deadlines
+        self._processes: dict[str, Process] = {}
+        self._ended: dict[str, Ended] = {}
+        self._told: set[str] = set()
+        self._heard: set[str] = set()
+        self._stop_wishes = 0
+        self._changed = asyncio.Event()
+
+    def request_stop(self) -> None:
+        """The user wants to stop: once for an orderly end, twice for an immediate one."""
+        self._stop_wishes += 1
+        self._changed.set()
+
+    def heard_of(self, name: str) -> None:
+        """A program has reported: it has started."""
+        self._heard.add(name)
+        self._changed.set()
+
+    def states(self) -> dict[str, State]:
+        """What each program is doing, by name."""
+        return {spec.name: self._state(spec.name) for spec in self._specs}
+
+    async def run(self) -> RunEnd:
+        """Start everything, wait, and end everything. However this is left, no process of the run is alive."""
+        async with asyncio.TaskGroup() as group:
+            keepers = [group.create_task(self._keep(spec), name=spec.name) for spec in self._specs]
+            try:
+                kind, complaint = await self._decided()
+                await self._wind_down(kind)
+                killed = tuple(spec.name for spec in self._specs if spec.name not in self._ended)
+                ended = tuple(sorted(self._ended.values(), key=lambda one: one.at_seconds))
+            finally:
+                for keeper in keepers:
+                    keeper.cancel()
+        return RunEnd(kind=kind, programs=ended, complaint=complaint, killed=killed)
+
+    async def _keep(self, spec: ProgramSpec) -> None:
+        with spec.log_path.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                *spec.argv, stdin=DEVNULL, stdout=log, stderr=log, env=dict(spec.env), start_new_session=True
+            )
+        self._processes[spec.name] = process
+        self._changed.set()
+        try:
+            status = await process.wait()
+            self._ended[spec.name] = Ended(
+                name=spec.name, status=status, at_seconds=time.monotonic(), was_told=spec.name in self._told
+            )
+        finally:
+            _kill_group(process.pid)  # whatever it started dies with it
+            await process.wait()  # short: SIGKILL cannot be refused
+            self._changed.set()
+
+    async def _decided(self) -> tuple[Literal["done", "failed", "interrupted"], str]:
+        names = {spec.name for spec in self._specs}
+        try:
+            async with asyncio.timeout(self._deadlines.start_seconds):
+                await self._until(lambda: self._verdict() or names <= self._heard | self._ended.keys())
+        except TimeoutError:
+            return "failed", self._nothing_heard(names - self._heard - self._ended.keys())
+        await self._until(lambda: self._verdict() or self._ended)
+        # A program that ended well before the run did is either early by a moment or missing from now on.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._deadlines.stop_seconds):
+                await self._until(self._verdict)
+        verdict = self._verdict()
+        return (verdict, "") if verdict else ("failed", f"{', '.join(self._ended)} ended while still needed.")
+
+    def _verdict(self) -> Literal["done", "failed", "interrupted"] | None:
+        if any(one.status != 0 for one in self._ended.values()):
+            return "interrupted" if self._stop_wishes else "failed"
+        if all(spec.name in self._ended for spec in self._specs if spec.ends_the_run):
+            return "interrupted" if self._stop_wishes else "done"
+        return "interrupted" if self._stop_wishes else None
+
+    async def _wind_down(self, kind: str) -> None:
+        if kind == "failed":
+            await self._cause_known(within_seconds=self._deadlines.grace_seconds)
+        if kind == "interrupted":
+            self._tell(spec.name for spec in self._specs if spec.is_told_to_stop)
+            await self._all_ended(within_seconds=self._deadlines.stop_seconds, only_the_run=True)
+        if kind != "failed" and self._stop_wishes < 2:
+            await self._all_ended(within_seconds=self._deadlines.linger_seconds)
+        if self._stop_wishes < 2:
+            self._tell(spec.name for spec in self._specs)
+            await self._all_ended(within_seconds=self._deadlines.grace_seconds)
+
+    async def _all_ended(self, *, within_seconds: float, only_the_run: bool = False) -> None:
+        names = {spec.name for spec in self._specs if spec.ends_the_run or not only_the_run}
+        wishes = self._stop_wishes
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_seconds):
+                await self._until(lambda: names <= self._ended.keys() or (self._stop_wishes > max(1, wishes)))
+
+    async def _cause_known(self, *, within_seconds: float) -> None:
+        """A program may notice that its peer is failing before the peer has ended; the peer is then the cause."""
+
+        def knows() -> bool:
+            failed = [one.name for one in self._ended.values() if one.status != 0]
+            return not all(map(self._is_consequence, failed)) or not failed
+
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_seconds):
+                await self._until(lambda: knows() or self._stop_wishes > 1)
+
+    def _tell(self, names: Iterable[str]) -> None:
+        for name in names:
+            process = self._processes.get(name)
+            if process is not None and process.returncode is None:
+                self._told.add(name)
+                with suppress(ProcessLookupError):
+                    process.terminate()
+
+    async def _until(self, condition: Callable[[], object]) -> None:
+        while not condition():
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _state(self, name: str) -> State:
+        if name in self._ended:
+            return "ended" if self._ended[name].status == 0 else "failed"
+        return "running" if name in self._heard else "starting"
+
+    def _nothing_heard(self, names: Iterable[str]) -> str:
+        return (
+            f"{', '.join(sorted(names))} did not report within {self._deadlines.start_seconds:g} s of its start. "
+            "Look at its log; a slow disk or a large model may need a higher wires.start_seconds."
+        )
+
+
+def _kill_group(leader_pid: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader_pid, signal.SIGKILL)

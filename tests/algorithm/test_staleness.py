@@ -1,0 +1,210 @@
+"""The lag bound, against any interleaving of admissions, completions, rejections, batches and versions."""
+
+from collections.abc import Iterator
+from itertools import count
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from azr_async.algorithm.staleness import Flow, check_lag, lag_of
+from azr_async.errors import TrainingError
+from azr_async.messages import TASKS, Admission, Role, Rollout, Task
+
+
+def rollout(
+    group_id: int, role: Role, task: Task, version: int, rollout_id: int = 0, newest: int | None = None
+) -> Rollout:
+    versions = np.array([-1, version, version if newest is None else newest], np.int32)
+    return Rollout(
+        rollout_id=rollout_id,
+        group_id=group_id,
+        role=role,
+        task=task,
+        token_ids=np.zeros(3, np.int32),
+        behavior_logp=np.zeros(3, np.float32),
+        token_version=versions,
+        reward=0.0,
+    )
+
+
+def flow(max_lag: int = 1, late: str = "wait", propose: int = 2, solve: int = 6, attempts: int = 2) -> Flow:
+    return Flow(
+        max_lag=max_lag,
+        propose_samples=propose,
+        solve_samples=solve,
+        trained_attempts=attempts,
+        tasks=TASKS,
+        late="drop" if late == "drop" else "wait",
+    )
+
+
+class FlowMachine(RuleBasedStateMachine):
+    """A learner that prefetches, engines that finish in any order, proposals that turn out invalid."""
+
+    late = "wait"
+
+    @initialize(max_lag=st.integers(0, 4), attempts=st.sampled_from([1, 2, 3]))
+    def start(self, max_lag: int, attempts: int) -> None:
+        self.flow = flow(max_lag, self.late, propose=2, solve=6, attempts=attempts)
+        self.ids: Iterator[int] = count()
+        self.open: list[tuple[Admission, int]] = []
+        self.requested = 0
+        self.consumed_ids: set[int] = set()
+        self.dropped = 0
+
+    @rule(times=st.integers(1, 12))
+    def admit(self, times: int) -> None:
+        for _ in range(times):
+            admission = self.flow.admit(TASKS)
+            if admission is not None:
+                self.open.append((admission, self.flow.version))
+
+    def _finish(self, index: int, *, delay: int, valid: bool) -> None:
+        admission, admitted = self.open.pop(index % len(self.open))
+        version = min(self.flow.version, admitted + delay)
+        group, task = admission.group_id, admission.task
+        if admission.is_proposal:
+            self.flow.complete(rollout(group, "propose", task, version, next(self.ids), newest=self.flow.version))
+        if valid:
+            for _ in range(admission.trained_attempts):
+                self.flow.complete(rollout(group, "solve", task, version, next(self.ids), newest=self.flow.version))
+        else:
+            self.flow.release(group, ("solve", task))
+
+    @precondition(lambda self: self.open)
+    @rule(index=st.integers(0, 1000), delay=st.integers(0, 3), valid=st.booleans())
+    def finish(self, index: int, delay: int, valid: bool) -> None:
+        self._finish(index, delay=delay, valid=valid)
+
+    @precondition(lambda self: self.open)
+    @rule(share=st.floats(0, 1))
+    def finish_many(self, share: float) -> None:
+        for _ in range(int(share * len(self.open))):
+            self._finish(len(self.open) - 1, delay=0, valid=True)
+
+    @rule(stragglers=st.integers(0, 3), delay=st.integers(0, 2))
+    def one_step(self, stragglers: int, delay: int) -> None:
+        """The usual course of things, but for a few groups that take their time."""
+        self.admit(200)
+        while len(self.open) > stragglers:
+            self._finish(len(self.open) - 1, delay=delay, valid=True)
+        if self.requested <= self.flow.version + 1:
+            self.compose()
+        if self.flow.version < self.requested:
+            self.install()
+
+    @precondition(lambda self: self.requested <= self.flow.version + 1)
+    @rule()
+    def compose(self) -> None:
+        swept = self.flow.sweep(self.requested)
+        self.dropped += len(swept)
+        batch = self.flow.compose(self.requested, TASKS)
+        if batch is None:
+            return
+        assert all(0 <= lag_of(sample, self.requested) <= self.flow.max_lag for sample in batch)
+        ids = {sample.rollout_id for sample in batch}
+        assert len(ids) == len(batch) == 3 * (2 + 6)
+        assert not ids & self.consumed_ids
+        self.consumed_ids |= ids
+        self.requested += 1
+
+    @precondition(lambda self: self.flow.version < self.requested)
+    @rule()
+    def install(self) -> None:
+        self.flow.installed(self.flow.version + 1)
+
+    @invariant()
+    def no_window_is_exceeded(self) -> None:
+        if hasattr(self, "flow"):
+            for (role, _), (flying, ready) in self.flow.alive().items():
+                assert flying + ready <= (self.flow.max_lag + 1) * (2 if role == "propose" else 6)
+
+    def teardown(self) -> None:
+        """Whatever happened before, the run goes on: everything admitted finishes, and batches can be composed."""
+        if not hasattr(self, "flow"):
+            return
+        for _ in range(self.flow.max_lag + 2):
+            while self.flow.version < self.requested:
+                self.flow.installed(self.flow.version + 1)
+            for _ in range(100):
+                self.admit(50)
+                if not self.open:
+                    break
+                while self.open:
+                    self._finish(0, delay=9, valid=True)
+            before = self.requested
+            self.compose()
+            assert self.requested == before + 1, "the flow is stuck"
+
+
+class WaitingFlow(FlowMachine):
+    """Waiting for late samples, nothing is ever dropped: the theorem of the module's docstring."""
+
+    @invariant()
+    def nothing_is_dropped(self) -> None:
+        assert getattr(self, "dropped", 0) == 0
+
+
+class DroppingFlow(FlowMachine):
+    late = "drop"
+
+
+TestWaitingFlow = WaitingFlow.TestCase
+TestWaitingFlow.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestDroppingFlow = DroppingFlow.TestCase
+TestDroppingFlow.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+
+
+def test_with_max_lag_0_a_second_batch_is_admitted_only_after_the_weights_of_the_first_arrived() -> None:
+    window = flow(max_lag=0)
+    admitted = [admission for _ in range(99) if (admission := window.admit(TASKS)) is not None]
+    for admission in admitted:
+        for _ in range(admission.is_proposal):
+            window.complete(rollout(admission.group_id, "propose", admission.task, 0))
+        for _ in range(admission.trained_attempts):
+            window.complete(rollout(admission.group_id, "solve", admission.task, 0))
+    assert window.compose(0, TASKS) is not None
+    assert window.admit(TASKS) is None
+    window.installed(1)
+    assert window.admit(TASKS) is not None
+
+
+def test_a_solver_cell_without_any_task_is_excused() -> None:
+    window = flow(max_lag=0, propose=1, solve=2)
+    while (admission := window.admit(())) is not None:
+        window.complete(rollout(admission.group_id, "propose", admission.task, 0))
+        window.release(admission.group_id, ("solve", admission.task))
+    batch = window.compose(0, ())
+    assert batch is not None
+    assert {sample.role for sample in batch} == {"propose"}
+
+
+def test_the_oldest_samples_are_trained_first() -> None:
+    window = flow(max_lag=3, propose=1, solve=1, attempts=1)
+    groups = [admission for _ in range(99) if (admission := window.admit(TASKS)) is not None]
+    assert len(groups) == 3 * 4
+    window.installed(0)
+    for admission in reversed(groups):
+        window.complete(rollout(admission.group_id, "propose", admission.task, 0))
+        window.complete(rollout(admission.group_id, "solve", admission.task, 0))
+    batch = window.compose(0, TASKS)
+    assert batch is not None
+    assert {sample.group_id for sample in batch} == {admission.group_id for admission in groups[:3]}
+
+
+def test_a_batch_beyond_its_bound_is_refused_by_name() -> None:
+    with pytest.raises(TrainingError, match=r"rollout 7 of group 3 has tokens of versions 1\.\.1"):
+        check_lag([rollout(3, "solve", "abduction", 1, 7)], version=4, max_lag=2)
+
+
+def test_tokens_from_the_future_are_refused() -> None:
+    with pytest.raises(TrainingError, match=r"versions 2\.\.5"):
+        check_lag([rollout(3, "solve", "abduction", 2, 7, newest=5)], version=4, max_lag=2)
+
+
+def test_a_sample_without_a_slot_is_refused() -> None:
+    with pytest.raises(TrainingError, match="without an admitted slot"):
+        flow().complete(rollout(99, "solve", "deduction", 0))

@@ -1,0 +1,194 @@
+"""The real graph over the scripted engine and the real sandbox, with a learner written out in the test."""
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+from azr_async.adapters.channels import MemoryReceiver, MemorySender, memory_channel
+from azr_async.adapters.engine_client import ScriptedEngine
+from azr_async.adapters.journal import SqliteJournal
+from azr_async.adapters.sandbox.pool import SandboxPool
+from azr_async.algorithm.dialogue import make_dialogue
+from azr_async.algorithm.library import Library
+from azr_async.algorithm.values import encode
+from azr_async.config import Config, FlowConfig, LibraryConfig, SandboxConfig, SolveConfig
+from azr_async.messages import (
+    CELLS,
+    TASKS,
+    BatchRequest,
+    EvaluationRequest,
+    EvaluationResult,
+    GenerateJob,
+    Pair,
+    Problem,
+    RolloutBatch,
+    WeightsReady,
+)
+from azr_async.programs.graph import Parts, Reply, Request, self_play
+
+CONFIG = Config(
+    flow=FlowConfig(max_lag=1, propose_samples=3, solve_samples=16),
+    solve=SolveConfig(attempts=4, trained_attempts=4),
+    library=LibraryConfig(seed_tasks=5),
+    sandbox=SandboxConfig(workers=2),
+)
+HELD_OUT = Problem(
+    task="deduction",
+    program="def f(x):\n    return x + 7",
+    pairs=(Pair(input="1", output="8", value=encode(8)),),
+)
+
+
+def scripted_answer(job: GenerateJob, index: int) -> str:
+    """Adds, and solves every other attempt; one proposal in five does not run, and some hit the held-out program."""
+    prompt, draw = job.prompt.text, job.seed % 1000
+    if prompt.startswith("<propose><induction>"):
+        return "".join(f"<in>{draw + step}" for step in range(4)) + "<msg>add"
+    if prompt.startswith("<propose>"):
+        return f"def f(x):\n    return x + {draw % 40}<in>{draw if draw % 5 else 'y'}"
+    if prompt.startswith("<solve><induction>"):
+        (given, got), *_ = re.findall(r"<in>(-?\d+)<out>(-?\d+)", prompt) or [("0", "0")]
+        return f"def f(x):\n    return x + {int(got) - int(given) + index % 2}"
+    added = int((re.findall(r"x \+ (\d+)", prompt) or ["0"])[0])
+    given = re.findall(r"(?:<in>|<out>)(-?\d+)", prompt)
+    if not given:
+        return "'Hello World'"
+    sign = 1 if "<deduction>" in prompt else -1
+    return str(int(given[0]) + sign * added + index % 2)
+
+
+class ScriptedLearner:
+    """Asks for batches and announces versions, as the learner does; trains nothing."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        requests: tuple[MemorySender[Request], MemoryReceiver[Request]] = memory_channel(
+            "requests", 8, deadline_seconds=20.0
+        )
+        replies: tuple[MemorySender[Reply], MemoryReceiver[Reply]] = memory_channel("replies", 8, deadline_seconds=20.0)
+        self.requests, self.requested = requests
+        self.replies, self.replied = replies
+
+    async def start(self) -> None:
+        await self.requests.send(WeightsReady(version=0))
+
+    async def batch(self) -> RolloutBatch:
+        await self.requests.send(BatchRequest(version=self.version))
+        reply = await anext(self.replied)
+        assert isinstance(reply, RolloutBatch)
+        return reply
+
+    async def trained(self) -> None:
+        self.version += 1
+        await self.requests.send(WeightsReady(version=self.version))
+
+
+@asynccontextmanager
+async def running(
+    tmp_path: Path, config: Config = CONFIG, answer: object = scripted_answer
+) -> AsyncIterator[tuple[ScriptedLearner, Parts]]:
+    learner = ScriptedLearner()
+    with SqliteJournal(tmp_path / "journal.sqlite") as journal:
+        async with SandboxPool(workers=2, label="test_graph") as sandbox:
+            parts = Parts(
+                config=config,
+                engine=ScriptedEngine(answer, version=lambda: learner.version),  # type: ignore[arg-type]
+                sandbox=sandbox,
+                dialogue=make_dialogue("compact"),
+                journal=journal,
+                library=Library(capacity=1000, seed=1),
+                suite=[HELD_OUT],
+                usage=lambda: {"busy.inference": 0.0, "busy.sandbox": sandbox.busy_seconds, "tokens.generated": 0.0},
+                report=lambda phase, done, total: None,
+                group_ids=count(-1, -1),
+            )
+            async with asyncio.TaskGroup() as group:
+                async with learner.requests:
+                    serving = group.create_task(
+                        self_play(parts, learner.requested, learner.replies, stop=asyncio.Event())
+                    )
+                    await learner.start()
+                    yield learner, parts
+                await serving
+
+
+async def test_every_batch_is_balanced_and_within_its_lag_bound(tmp_path: Path) -> None:
+    async with running(tmp_path) as (learner, _):
+        for version in range(4):
+            batch = await learner.batch()
+            assert batch.version == version
+            sizes = Counter((rollout.role, rollout.task) for rollout in batch.rollouts)
+            assert sizes == {cell: 3 if cell[0] == "propose" else 16 for cell in CELLS}
+            assert all(0 <= version - rollout.oldest_version <= 1 for rollout in batch.rollouts)
+            await learner.trained()
+
+
+async def test_no_sample_is_sent_twice(tmp_path: Path) -> None:
+    seen: Counter[int] = Counter()
+    async with running(tmp_path) as (learner, _):
+        for _ in range(3):
+            seen.update(rollout.rollout_id for rollout in (await learner.batch()).rollouts)
+            await learner.trained()
+    assert set(seen.values()) == {1}
+
+
+async def test_rewards_follow_the_judge_and_learnability(tmp_path: Path) -> None:
+    async with running(tmp_path) as (learner, _):
+        batch = await learner.batch()
+    solver = {rollout.reward for rollout in batch.rollouts if rollout.role == "solve"}
+    proposer = {rollout.reward for rollout in batch.rollouts if rollout.role == "propose"}
+    assert solver == {1.0, -0.5}  # every other attempt is off by one
+    assert proposer <= {-1.0, 0.5, 0.0}
+    assert 0.5 in proposer  # half of the attempts succeed
+
+
+async def test_a_held_out_program_is_never_learned_from(tmp_path: Path) -> None:
+    def answer(job: GenerateJob, index: int) -> str:
+        if job.prompt.text.startswith(("<propose><deduction>", "<propose><abduction>")) and job.seed % 2:
+            return "def f(x):\n    return x + 7\n<in>5"
+        return scripted_answer(job, index)
+
+    async with running(tmp_path, answer=answer) as (learner, parts):
+        batch = await learner.batch()
+        assert batch.stats["rejected.held_out"] > 0
+        assert all("x + 7" not in parts.library.task(task).program for task in TASKS for _ in range(20))
+
+
+async def test_accepted_tasks_are_on_disk_before_they_are_solved(tmp_path: Path) -> None:
+    async with running(tmp_path) as (learner, parts):
+        await learner.batch()
+        in_library = sum(parts.library.sizes().values())
+        with SqliteJournal(tmp_path / "journal.sqlite") as reader:
+            assert len(reader.problems()) >= in_library - 2  # the two identity triplets are given, not found
+
+
+async def test_evaluation_is_greedy_and_answers_in_the_suites_order(tmp_path: Path) -> None:
+    suite = [HELD_OUT, replace(HELD_OUT, pairs=(Pair(input="2", output="3", value=encode(3)),))]
+    async with running(tmp_path) as (learner, parts):
+        parts = replace(parts, suite=suite)
+        await learner.requests.send(EvaluationRequest(version=0))
+        reply = await anext(learner.replied)
+    assert reply == EvaluationResult(version=0, tasks=("deduction",), solved=(True,))
+
+
+async def test_stopping_admission_lets_the_work_at_hand_finish(tmp_path: Path) -> None:
+    async with running(tmp_path) as (learner, _):
+        assert len((await learner.batch()).rollouts) > 0
+
+
+async def test_a_policy_that_proposes_nothing_valid_still_trains(tmp_path: Path) -> None:
+    def answer(job: GenerateJob, index: int) -> str:
+        return "nonsense" if job.prompt.text.startswith("<propose>") else scripted_answer(job, index)
+
+    config = CONFIG.model_copy(update={"library": LibraryConfig(seed_tasks=5, seed_proposals=20)})
+    async with running(tmp_path, config, answer) as (learner, _):
+        batch = await learner.batch()
+    sizes = Counter((rollout.role, rollout.task) for rollout in batch.rollouts)
+    assert ("solve", "induction") not in sizes  # there is nothing to solve: the cell is excused
+    assert len(sizes) == 5
+    assert {rollout.reward for rollout in batch.rollouts if rollout.role == "propose"} == {-1.0}

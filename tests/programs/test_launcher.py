@@ -1,0 +1,287 @@
+"""The launcher on small real programs that end, die, hang and refuse to stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from azr_async.config import Config, WiresConfig
+from azr_async.programs.folders import WIRES_PREFIX, claimed_run_dir, private_wires_dir
+from azr_async.programs.launcher import program_specs
+
+ROOT = Path(__file__).parents[2]
+
+PROGRAM = """
+import asyncio, os, signal, subprocess, sys, time
+from pathlib import Path
+from azr_async.errors import EngineError, PeerVanished
+from azr_async.programs.wiring import Reporter, load_run_config, program_main, program_parser
+
+parser = program_parser("A program of a test.")
+parser.add_argument("name")
+arguments = parser.parse_args()
+run_dir = arguments.run_dir
+
+async def main(reporter: Reporter) -> None:
+    reporter.report("working", 1, 3)
+    (run_dir / f"{arguments.name}.pid").write_text(str(os.getpid()))
+{body}
+
+sys.exit(program_main(arguments.name, run_dir, arguments.wires, load_run_config(run_dir), main))
+"""
+
+LAUNCHER = """
+import json, os, sys
+from pathlib import Path
+from azr_async.config import Config
+from azr_async.programs.folders import claimed_run_dir, private_wires_dir
+from azr_async.programs.launcher import run_programs
+from azr_async.programs.supervision import ProgramSpec
+
+run_dir, config = Path(sys.argv[1]), Config.model_validate(json.loads(sys.argv[2]))
+with claimed_run_dir(run_dir, config, None), private_wires_dir() as wires_dir:
+    (run_dir / "wires").write_text(str(wires_dir))
+    specs = [
+        ProgramSpec(
+            name=path.stem,
+            argv=(sys.executable, str(path), "--run-dir", str(run_dir), "--wires", str(wires_dir), path.stem),
+            env={"PYTHONPATH": os.getcwd(), "PATH": os.environ["PATH"]},
+            log_path=run_dir / "logs" / f"{path.stem}.log",
+            ends_the_run=path.stem.startswith("learner"),
+            is_told_to_stop=not path.stem.startswith("inference"),
+        )
+        for path in sorted((run_dir.parent / "programs").glob("*.py"))
+    ]
+    sys.exit(run_programs(specs, config, run_dir=run_dir, wires_dir=wires_dir))
+"""
+
+UNTIL_TOLD = "await reporter.stop_requested.wait()"
+UNTIL_LEARNER_ENDED = """
+while not (run_dir / "learner-0.ended").exists():
+    await asyncio.sleep(0.02)
+"""
+LEARN = """
+line = '{"step": 1, "wall_seconds": 1.5, "lag": {"mean": 0.5, "max": 1, "bound": 2}}'
+(run_dir / "metrics.jsonl").write_text(line + chr(10))
+(run_dir / "learner-0.ended").touch()
+"""
+FOREVER = "await asyncio.sleep(1000)"
+IGNORES_SIGTERM = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nawait asyncio.sleep(1000)"
+
+
+class Run:
+    """A launcher process over programs with the given bodies."""
+
+    def __init__(self, folder: Path, bodies: dict[str, str], **wires: float) -> None:
+        self.run_dir = folder / "run"
+        (folder / "programs").mkdir()
+        for name, body in bodies.items():
+            text = PROGRAM.replace("{body}", textwrap.indent(body.strip(), "    "))
+            (folder / "programs" / f"{name}.py").write_text(text)
+        settings = json.dumps({"wires": {"start_seconds": 30.0, "stop_seconds": 20.0, **wires}})
+        self.names = list(bodies)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, str(self.run_dir), settings],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_until_working(self) -> None:
+        wait_until(lambda: len(list(self.run_dir.glob("*.pid"))) == len(self.names) or self.process.poll() is not None)
+        assert self.process.poll() is None, self.process.communicate()
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=50)
+        return self.process.returncode, out, err
+
+    @property
+    def pids(self) -> list[int]:
+        return [int(path.read_text()) for path in self.run_dir.glob("*.pid")]
+
+    @property
+    def wires_dir(self) -> Path:
+        return Path((self.run_dir / "wires").read_text())
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def start_run(bodies: dict[str, str], **wires: float) -> Run:
+        runs.append(Run(tmp_path, bodies, **wires))
+        return runs[-1]
+
+    yield start_run
+    for run in runs:
+        run.process.kill()
+        run.process.communicate()
+
+
+def test_a_run_ends_when_the_learner_has_and_tells_what_happened(start: Callable[..., Run]) -> None:
+    run = start({"inference-0": UNTIL_LEARNER_ENDED, "learner-0": LEARN, "selfplay": UNTIL_LEARNER_ENDED})
+    status, out, err = run.end()
+    assert (status, err) == (0, "")
+    assert "step 1/120" in out
+    assert "Done: 1 steps" in out
+    assert_nothing_is_left(run)
+
+
+def test_a_program_that_serves_on_after_the_run_is_ended(start: Callable[..., Run]) -> None:
+    run = start({"learner-0": LEARN, "selfplay": IGNORES_SIGTERM}, stop_seconds=0.5)
+    status, _, _ = run.end()
+    assert status == 0
+    assert_nothing_is_left(run)
+
+
+def test_a_failing_program_is_named_with_its_own_words_and_its_log(start: Callable[..., Run]) -> None:
+    body = "raise EngineError('the engine has no oil. Pour some in.')"
+    run = start({"inference-0": body, "learner-0": FOREVER, "selfplay": UNTIL_TOLD})
+    status, _, err = run.end()
+    assert status == 1
+    assert (
+        err
+        == f"inference-0 failed: the engine has no oil. Pour some in.\nIts log: {run.run_dir}/logs/inference-0.log\n"
+    )
+    assert_nothing_is_left(run)
+
+
+def test_a_bug_is_told_in_a_line_and_its_traceback_is_in_the_log(start: Callable[..., Run]) -> None:
+    run = start({"learner-0": "{}['weights']", "selfplay": UNTIL_TOLD})
+    status, _, err = run.end()
+    assert status == 1
+    assert "learner-0 failed: unexpected KeyError: 'weights'" in err
+    assert "Traceback" not in err
+    assert "Traceback" in (run.run_dir / "logs" / "learner-0.log").read_text()
+
+
+def test_a_killed_program_is_named_with_the_signal_and_its_last_words(start: Callable[..., Run]) -> None:
+    run = start({"learner-0": UNTIL_TOLD, "selfplay": "print('half a step done', flush=True)\n" + UNTIL_TOLD})
+    run.wait_until_working()
+    os.kill(int((run.run_dir / "selfplay.pid").read_text()), signal.SIGKILL)
+    status, _, err = run.end()
+    assert status == 1
+    assert "selfplay was killed by SIGKILL" in err
+    assert "half a step done" in err
+    assert_nothing_is_left(run)
+
+
+def test_the_cause_is_blamed_not_the_programs_that_fell_with_it(start: Callable[..., Run]) -> None:
+    cause = "await asyncio.sleep(0.3)\ntry:\n    raise EngineError('out of oil. Pour.')\nfinally:\n    time.sleep(0.2)"
+    falls = "raise PeerVanished('selfplay is silent. Look at its log.')"
+    run = start({"learner-0": falls, "selfplay": cause})
+    assert "selfplay failed: out of oil. Pour." in run.end()[2]
+
+
+def test_a_program_that_ends_in_the_middle_of_the_run_is_missed(start: Callable[..., Run]) -> None:
+    run = start({"learner-0": UNTIL_TOLD, "selfplay": "pass"}, stop_seconds=0.5)
+    status, _, err = run.end()
+    assert status == 1
+    assert "selfplay ended while still needed" in err
+    assert_nothing_is_left(run)
+
+
+def test_ctrl_c_lets_the_step_finish_and_exits_130(start: Callable[..., Run]) -> None:
+    finish = UNTIL_TOLD + "\nawait asyncio.sleep(0.3)\n(run_dir / 'finished').touch()" + LEARN
+    run = start({"inference-0": UNTIL_LEARNER_ENDED, "learner-0": finish, "selfplay": UNTIL_TOLD})
+    run.wait_until_working()
+    run.process.send_signal(signal.SIGINT)
+    status, out, err = run.end()
+    assert (status, err) == (130, "")
+    assert "Stopped after step 1 of 120" in out
+    assert (run.run_dir / "finished").exists()
+    assert_nothing_is_left(run)
+
+
+def test_a_learner_that_cannot_finish_in_time_is_killed(start: Callable[..., Run]) -> None:
+    run = start({"learner-0": IGNORES_SIGTERM, "selfplay": UNTIL_TOLD}, stop_seconds=0.5)
+    run.wait_until_working()
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end()[0] == 130
+    assert_nothing_is_left(run)
+
+
+def test_a_second_ctrl_c_stops_at_once(start: Callable[..., Run]) -> None:
+    run = start({"learner-0": UNTIL_TOLD + "\n(run_dir / 'told').touch()\n" + FOREVER}, stop_seconds=1000.0)
+    run.wait_until_working()
+    run.process.send_signal(signal.SIGINT)
+    wait_until((run.run_dir / "told").exists)
+    run.process.send_signal(signal.SIGINT)
+    assert run.end()[0] == 130
+    assert_nothing_is_left(run)
+
+
+def test_what_a_program_started_dies_with_it(start: Callable[..., Run]) -> None:
+    child = "child = subprocess.Popen(['sleep', '1000'])\n(run_dir / 'child.pid').write_text(str(child.pid))\n"
+    run = start({"learner-0": child + LEARN})
+    assert run.end()[0] == 0
+    assert_nothing_is_left(run)
+
+
+def test_nothing_survives_the_launcher_being_killed(start: Callable[..., Run]) -> None:
+    run = start({"inference-0": FOREVER, "learner-0": FOREVER, "selfplay": IGNORES_SIGTERM})
+    run.wait_until_working()
+    pids = run.pids
+    run.process.kill()
+    run.process.communicate()
+    wait_until(lambda: not any(is_alive(pid) for pid in pids))
+    with private_wires_dir():
+        assert not run.wires_dir.exists()
+
+
+def test_a_program_that_never_reports_fails_the_start(start: Callable[..., Run], tmp_path: Path) -> None:
+    run = start({"learner-0": "pass"}, start_seconds=1.0)
+    (tmp_path / "programs" / "learner-0.py").write_text("import time\ntime.sleep(1000)\n")
+    status, _, err = run.end()
+    assert status == 1
+    assert "learner-0 did not report within 1 s" in err
+
+
+def test_two_launchers_cannot_share_a_run_directory(tmp_path: Path) -> None:
+    with claimed_run_dir(tmp_path, Config(), None), pytest.raises(Exception, match="another run is going on"):
+        claimed_run_dir(tmp_path, Config(), None)
+
+
+def test_the_socket_folder_is_private_and_goes_away() -> None:
+    with private_wires_dir() as wires_dir:
+        assert wires_dir.name.startswith(WIRES_PREFIX)
+        assert wires_dir.stat().st_mode & 0o777 == 0o700
+    assert not wires_dir.exists()
+
+
+def test_every_process_carries_the_run_directory_in_its_command_line(tmp_path: Path) -> None:
+    specs = program_specs(
+        Config(wires=WiresConfig()), run_dir=tmp_path, wires_dir=tmp_path / "w", checkpoint=None, env={}
+    )
+    assert [spec.name for spec in specs] == ["inference-0", "selfplay", "learner-0"]
+    assert all(str(tmp_path) in spec.argv for spec in specs)
+
+
+def assert_nothing_is_left(run: Run) -> None:
+    assert run.pids
+    assert not [pid for pid in run.pids if is_alive(pid)]
+    assert not run.wires_dir.exists()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Other processes are waited for, and they cannot wake this one."""
+    give_up_at = time.monotonic() + 30.0
+    while not condition():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"

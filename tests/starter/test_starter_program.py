@@ -1,0 +1,47 @@
+"""`python -m azr_async starter`, from nothing to a folder that loads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from azr_async.programs.starter import main
+from azr_async.starter.suite import STARTER_SUITE, load_suite
+
+FEW_STEPS = ["--warm-steps", "2", "--noise-steps", "1", "--measured-problems", "9"]
+
+
+def made(folder: Path, seed: int) -> dict[str, torch.Tensor]:
+    assert main(["--output", str(folder), "--seed", str(seed), *FEW_STEPS]) == 0
+    return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+
+
+def test_the_folder_holds_a_model_its_tokenizer_and_the_suite(tmp_path: Path) -> None:
+    made(tmp_path / "new" / "starter", seed=3)
+    assert AutoTokenizer.from_pretrained(tmp_path / "new" / "starter").eos_token == "<eos>"
+    assert load_suite(tmp_path / "new" / "starter" / "heldout.jsonl") == load_suite(STARTER_SUITE)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["starter"]
+
+
+def test_a_seed_reproduces_the_weights_and_another_gives_others(tmp_path: Path) -> None:
+    first, again, other = (made(tmp_path / name, seed) for name, seed in [("a", 1), ("b", 1), ("c", 2)])
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--output", str(tmp_path), *FEW_STEPS]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--warm-steps", "-1"], ["--seed", "one"], ["--faster"]])
+def test_wrong_usage_is_exit_status_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["--output", str(tmp_path / "file" / "starter"), *FEW_STEPS]) == 1
+    assert "could not write" in capsys.readouterr().err
