@@ -359,6 +359,9 @@ class EvaluationConfig(Section):
     suite: str = "starter"
     """`starter` (shipped), a JSONL of tasks, or `none`."""
 
+    proposals: NonNegativeInt = 60
+    """Proposals per task kind that are sampled from held-out references, to see how many are valid."""
+
 
 class CheckpointConfig(Section):
     """What a run can be continued from."""

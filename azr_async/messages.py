@@ -195,7 +195,7 @@ class Rollout:
     @property
     def prompt_length(self) -> int:
         """Tokens that were given, not sampled."""
-        return int((self.token_version < 0).sum())
+        return int(np.count_nonzero(self.token_version < 0))
 
     @property
     def oldest_version(self) -> int:
@@ -242,6 +242,8 @@ class EvaluationResult:
     version: int
     tasks: tuple[Task, ...]
     solved: tuple[bool, ...]
+    valid: Mapping[str, float] = field(default_factory=dict)
+    """Per task kind: share of valid proposals when held-out problems are the references; sampled, not greedy."""
 
 
 # ---------------------------------------------------------------- learner <-> inference workers

@@ -68,7 +68,7 @@ def show(rows: list[dict[str, Any]], max_lag: int) -> None:
 
 
 def _median(rows: list[dict[str, Any]], name: str) -> float:
-    return statistics.median(row[name] for row in rows)
+    return float(statistics.median(row[name] for row in rows))
 
 
 def _parser() -> argparse.ArgumentParser:

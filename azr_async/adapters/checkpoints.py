@@ -1,10 +1,10 @@
 """Checkpoints: a Hugging Face model folder plus what a run needs to be continued; complete or absent.
 
-    checkpoints/step-000120/
-        config.json, model.safetensors, tokenizer...   `AutoModelForCausalLM.from_pretrained` reads them
-        optimizer.safetensors                           AdamW's state and torch's random state
-        resume.json                                     step, version, and what the learner adds
-        manifest.json                                   size and SHA-256 of each file above
+checkpoints/step-000120/
+    config.json, model.safetensors, tokenizer...   `AutoModelForCausalLM.from_pretrained` reads them
+    optimizer.safetensors                           AdamW's state and torch's random state
+    resume.json                                     step, version, and what the learner adds
+    manifest.json                                   size and SHA-256 of each file above
 """
 
 import errno

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Final, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from azr_async.errors import CheckpointError
 from azr_async.starter.suite import STARTER_CHECKPOINT
@@ -28,14 +30,30 @@ def load_model(
     Raises CheckpointError when there is no such model, or it cannot be read.
     """
     source = _source(path)
+    disable_progress_bar()  # it would fill the log
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, precision))
-    except (OSError, ValueError, KeyError) as error:
+        # Weights in pickle form are refused: loading them may run code.
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, precision), use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
-            f"the model {source} cannot be loaded: {error} "
-            "Point model.path at a Hugging Face folder with config.json, weights and tokenizer, or at a hub id."
+            f"the model {source} cannot be loaded: {error} Point model.path at a Hugging Face folder with config.json, "
+            "weights in safetensors form and a tokenizer, or at a hub id."
         ) from error
+    # Where files are missing, transformers goes on with an empty tokenizer, or with random numbers.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise CheckpointError(
+            f"{source} has no tokenizer that knows any text. Point model.path at a model that was saved together with "
+            "its tokenizer."
+        )
+    unusable = sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
+    if unusable:
+        raise CheckpointError(
+            f"the weights of {source} lack {len(unusable)} parameters of its architecture, among them {unusable[0]}. "
+            "Point model.path at a complete causal language model."
+        )
     return model.to(device).eval(), tokenizer
 
 

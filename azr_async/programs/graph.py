@@ -6,16 +6,8 @@ admit ────┴─► propose ─► validate ─────► solve ─
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
 
-from azr_async.adapters.channels import MemoryReceiver, MemorySender, memory_channel
-from azr_async.algorithm.judging import RIGHT
-from azr_async.algorithm.library import Library
 from azr_async.algorithm.staleness import Flow
-from azr_async.algorithm.validity import program_key
 from azr_async.config import Config
 from azr_async.messages import (
     Admission,
@@ -25,56 +17,20 @@ from azr_async.messages import (
     EvaluationRequest,
     EvaluationResult,
     Judged,
-    Problem,
     Proposal,
     Rejected,
     RolloutBatch,
-    Task,
     WeightsReady,
 )
-from azr_async.ports import Dialogue, Engine, Journal, Receiver, Sandbox, Sender
+from azr_async.ports import Receiver, Sender
 from azr_async.programs.filing import Filing
+from azr_async.programs.parts import Parts, channel, run_propose, run_solve, run_validate, run_verify
+from azr_async.programs.rounds import evaluate, evaluate_proposer, seed
 from azr_async.stages.advantage import advantage
 from azr_async.stages.flow import Changed, admit, supply
-from azr_async.stages.grow import grow
-from azr_async.stages.propose import propose
-from azr_async.stages.solve import solve
-from azr_async.stages.validate import validate
-from azr_async.stages.verify import verify
 
 Request = BatchRequest | EvaluationRequest | WeightsReady
 Reply = RolloutBatch | EvaluationResult
-
-T = TypeVar("T")
-
-CHANNEL_CAPACITY = 64
-"""Messages between two stages. Waits between stages have no deadline of their own: the waits on engines, sandbox and
-learner, from which they follow, have."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Parts:
-    """What one self-play loop is made of; every adapter behind its port."""
-
-    config: Config
-    engine: Engine
-    sandbox: Sandbox
-    dialogue: Dialogue
-    journal: Journal
-    library: Library
-    suite: Sequence[Problem]
-    """Held-out problems, judged on request and never trained on."""
-    usage: Callable[[], Mapping[str, float]]
-    """Running totals of the adapters: seconds busy and tokens generated."""
-    report: Callable[[str, int, int], None]
-    """Tells phase, done, total to whoever watches."""
-    group_ids: Iterator[int]
-    """Groups outside the flow (seeding, evaluation) count down from -1, so that they go first."""
-
-    @property
-    def held_out_programs(self) -> frozenset[str]:
-        """Programs that self-play must not learn from, should it invent them again."""
-        return frozenset(program_key(problem.program) for problem in self.suite)
 
 
 async def self_play(parts: Parts, requests: Receiver[Request], replies: Sender[Reply], *, stop: asyncio.Event) -> None:
@@ -85,7 +41,7 @@ async def self_play(parts: Parts, requests: Receiver[Request], replies: Sender[R
     """
     flow = _flow(parts.config)
     changed = Changed()
-    batch_requests, wanted = _channel(BatchRequest)
+    batch_requests, wanted = channel(BatchRequest)
     ready = asyncio.Event()
 
     async def work() -> None:
@@ -113,61 +69,11 @@ async def self_play(parts: Parts, requests: Receiver[Request], replies: Sender[R
             task.cancel()
 
 
-async def seed(parts: Parts) -> None:
-    """Let the untrained policy fill the library; induction comes last, since it needs programs of the others."""
-    config, library = parts.config, parts.library
-    for kinds in (("deduction", "abduction"), ("induction",)):
-        tasks: list[Task] = [task for task in config.flow.tasks if task in kinds]
-        admissions, admitted = _channel(Admission)
-        proposals, proposed = _channel(Proposal)
-        challenges, valid = _channel(Challenge)
-        rejections, invalid = _channel(Rejected)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(_propose(parts, admitted, proposals), name="seed-propose")
-            group.create_task(_validate(parts, proposed, challenges, rejections), name="seed-validate")
-            await grow(
-                admissions,
-                valid,
-                invalid,
-                library=library,
-                tasks=tasks,
-                target=config.library.seed_tasks,
-                proposal_limit=config.library.seed_proposals,
-                side_by_side=config.engine.slots,
-                group_ids=parts.group_ids,
-                on_progress=partial(parts.report, f"seeding {' and '.join(tasks)}"),
-            )
-
-
-async def evaluate(parts: Parts) -> tuple[bool, ...]:
-    """Which of the held-out problems the current weights solve greedily, in the suite's order."""
-    order = {next(parts.group_ids): index for index, _ in enumerate(parts.suite)}
-    solved = [False] * len(parts.suite)
-    challenges, challenged = _channel(Challenge)
-    attempts, attempted = _channel(Attempt)
-    judgements, judged = _channel(Judged)
-
-    async def ask() -> None:
-        async with challenges:
-            for group_id, index in order.items():
-                problem = parts.suite[index]
-                await challenges.send(
-                    Challenge(group_id=group_id, problem=problem, proposal=None, attempts=1, trained_attempts=0)
-                )
-
-    async with asyncio.TaskGroup() as group:
-        group.create_task(ask(), name="evaluate-ask")
-        group.create_task(_solve(parts, challenged, attempts, greedy=True), name="evaluate-solve")
-        group.create_task(_verify(parts, attempted, judgements), name="evaluate-verify")
-        async for item in judged:
-            solved[order[item.attempt.challenge.group_id]] = item.reward == RIGHT
-    return tuple(solved)
-
-
 async def _answer(parts: Parts, request: EvaluationRequest, replies: Sender[Reply]) -> None:
     solved = await evaluate(parts)
+    valid = await evaluate_proposer(parts)
     tasks = tuple(problem.task for problem in parts.suite)
-    await replies.send(EvaluationResult(version=request.version, tasks=tasks, solved=solved))
+    await replies.send(EvaluationResult(version=request.version, tasks=tasks, solved=solved, valid=valid))
 
 
 async def _stages(
@@ -187,21 +93,21 @@ async def _stages(
         widths={"busy.inference": parts.config.inference_workers, "busy.sandbox": parts.config.sandbox.workers},
         on_change=changed.notify,
     )
-    admissions, admitted = _channel(Admission)
-    proposals, proposed = _channel(Proposal)
-    challenges, challenged = _channel(Challenge)
-    rejections, rejected = _channel(Rejected)
-    attempts, attempted = _channel(Attempt)
-    judgements, judged = _channel(Judged)
+    admissions, admitted = channel(Admission)
+    proposals, proposed = channel(Proposal)
+    challenges, challenged = channel(Challenge)
+    rejections, rejected = channel(Rejected)
+    attempts, attempted = channel(Attempt)
+    judgements, judged = channel(Judged)
     async with asyncio.TaskGroup() as group:
         for name, stage in {
             "admit": admit(
                 admissions, challenges.clone(), flow=flow, library=parts.library, changed=changed, stop=stop
             ),
-            "propose": _propose(parts, admitted, proposals),
-            "validate": _validate(parts, proposed, challenges, rejections),
-            "solve": _solve(parts, challenged, attempts),
-            "verify": _verify(parts, attempted, judgements),
+            "propose": run_propose(parts, admitted, proposals),
+            "validate": run_validate(parts, proposed, challenges, rejections),
+            "solve": run_solve(parts, challenged, attempts),
+            "verify": run_verify(parts, attempted, judgements),
             "advantage": advantage(
                 judged,
                 rejected,
@@ -230,62 +136,4 @@ def _flow(config: Config) -> Flow:
         trained_attempts=config.solve.trained_attempts,
         tasks=config.flow.tasks,
         late=config.flow.late,
-    )
-
-
-def _channel(kind: type[T]) -> tuple[MemorySender[T], MemoryReceiver[T]]:
-    return memory_channel(kind.__name__, CHANNEL_CAPACITY, deadline_seconds=None)
-
-
-async def _propose(parts: Parts, admitted: Receiver[Admission], proposals: Sender[Proposal]) -> None:
-    await propose(
-        admitted,
-        proposals,
-        engine=parts.engine,
-        dialogue=parts.dialogue,
-        library=parts.library,
-        config=parts.config.propose,
-        seed=parts.config.run.seed,
-    )
-
-
-async def _validate(
-    parts: Parts, proposed: Receiver[Proposal], challenges: Sender[Challenge], rejections: Sender[Rejected]
-) -> None:
-    await validate(
-        proposed,
-        challenges,
-        rejections,
-        sandbox=parts.sandbox,
-        library=parts.library,
-        journal=parts.journal,
-        config=parts.config.propose,
-        attempts=parts.config.solve.attempts,
-        held_out_programs=parts.held_out_programs,
-    )
-
-
-async def _solve(
-    parts: Parts, challenged: Receiver[Challenge], attempts: Sender[Attempt], *, greedy: bool = False
-) -> None:
-    config = parts.config.solve
-    if greedy:
-        config = config.model_copy(update={"temperature": 0.0, "top_p": 1.0})
-    await solve(
-        challenged,
-        attempts,
-        engine=parts.engine,
-        dialogue=parts.dialogue,
-        config=config,
-        seed=parts.config.run.seed,
-    )
-
-
-async def _verify(parts: Parts, attempted: Receiver[Attempt], judgements: Sender[Judged]) -> None:
-    await verify(
-        attempted,
-        judgements,
-        sandbox=parts.sandbox,
-        dialogue=parts.dialogue,
-        float_tolerance=parts.config.reward.float_tolerance,
     )

@@ -115,9 +115,7 @@ class Leader:
         now, before = time.monotonic(), self._last_step_end
         self._last_step_end = now
         busy_share = report.seconds / (now - before)
-        return step_record(
-            batch, report, push, self._config, wall_seconds=now - self._started, busy_share=busy_share
-        )
+        return step_record(batch, report, push, self._config, wall_seconds=now - self._started, busy_share=busy_share)
 
     async def _file(self, record: Record) -> None:
         """Write a line, or keep it until its evaluation, asked for here, has arrived."""

@@ -1,6 +1,5 @@
 """The lines of metrics.jsonl and evaluations.jsonl: what goes into them, under which names."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -72,7 +71,7 @@ def step_record(
     record = empty_record(report.version, config, wall_seconds=wall_seconds)
     for name in ("valid_rate", "solve_rate", "library", "tokens", "samples", "busy"):
         record[name] |= stats.pop(name, {})
-    record["tokens"] |= {"trained": report.trained_tokens}
+    record["tokens"] |= {"trained": report.trained_tokens, "computed": report.computed_tokens}
     record["samples"] |= {"trained": report.trained_samples, "computed": report.computed_samples}
     record["busy"] |= {"learner": busy_share}
     record["reward"] |= {cell_name(cell): stats_of.mean for cell, stats_of in report.cells.items()}
@@ -118,15 +117,18 @@ def empty_record(step: int, config: Config, *, wall_seconds: float, push: Push |
     }
 
 
-def accuracy(evaluation: EvaluationResult) -> Mapping[str, float]:
-    """`eval` of metrics.jsonl: share of solved held-out tasks per kind that occurs, over all, and how many."""
+def accuracy(evaluation: EvaluationResult) -> Record:
+    """`eval` of metrics.jsonl: share of solved held-out tasks per kind that occurs, over all, and how many.
+
+    `valid` is the proposer's side: share of valid proposals per kind.
+    """
     solved_by_task = {
         task: [ok for ok, its_task in zip(evaluation.solved, evaluation.tasks, strict=True) if its_task == task]
         for task in TASKS
     }
     shares = {task: sum(solved) / len(solved) for task, solved in solved_by_task.items() if solved}
     count = len(evaluation.solved)
-    return shares | {"mean": sum(evaluation.solved) / max(1, count), "n": count}
+    return shares | {"mean": sum(evaluation.solved) / max(1, count), "n": count, "valid": dict(evaluation.valid)}
 
 
 def _weights(push: Push) -> Record:

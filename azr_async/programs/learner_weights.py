@@ -90,9 +90,7 @@ async def publishing(
     deadline_seconds, world_size, number = config.weights.deadline_seconds, 1 + len(wires.workers), 0
     store = await torch.run(partial(host_store, STORE_HOST, config.weights.port))
     for rank, sender in enumerate(wires.workers.values(), start=1):
-        await sender.send(
-            JoinWeights(host=STORE_HOST, port=store.port, rank=rank, world_size=world_size, group=number)
-        )
+        await sender.send(JoinWeights(host=STORE_HOST, port=store.port, rank=rank, world_size=world_size, group=number))
     group = await torch.run(
         lambda: WeightGroup(
             store,
@@ -112,9 +110,7 @@ async def publishing(
             wanted=lambda answer: answer.group == number,
         )
         canary_ids = canaries(vocabulary, config.run.seed)
-        yield Publisher(
-            config=config, trainer=trainer, torch=torch, wires=wires, group=group, canary_ids=canary_ids
-        )
+        yield Publisher(config=config, trainer=trainer, torch=torch, wires=wires, group=group, canary_ids=canary_ids)
     finally:
         await torch.run(group.close)
 

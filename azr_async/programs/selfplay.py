@@ -24,7 +24,8 @@ from azr_async.messages import (
     WeightsReady,
     WorkerReady,
 )
-from azr_async.programs.graph import Parts, Reply, Request, self_play
+from azr_async.programs.graph import Reply, Request, self_play
+from azr_async.programs.parts import Parts
 from azr_async.programs.seeds import add_seed_file
 from azr_async.programs.wiring import Reporter, endpoint, load_run_config, program_main, program_parser
 from azr_async.starter.suite import STARTER_SUITE, load_suite

@@ -2,7 +2,8 @@
 
 import argparse
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from azr_async.errors import AzrError, CheckpointError, ConfigError
-from azr_async.messages import TASKS, Problem
+from azr_async.messages import TASKS
 from azr_async.starter.evaluation import Report, evaluate
 from azr_async.starter.suite import draw_suite, write_suite
 from azr_async.starter.tokenizer import build_tokenizer
@@ -78,8 +79,6 @@ def _phases(options: argparse.Namespace) -> tuple[Phase, Phase]:
 
 
 def _make(folder: Path, seed: int, phases: Sequence[Phase], measured_problems: int, console: Console) -> None:
-    if folder.exists():
-        raise ConfigError(f"{folder} exists already. Move it away, or name a new folder with --output.")
     # More threads are slower at this size, and would make sums, and so the model, depend on the number of cores.
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
@@ -87,13 +86,33 @@ def _make(folder: Path, seed: int, phases: Sequence[Phase], measured_problems: i
     measured = suite[:: max(1, len(suite) // measured_problems)] if measured_problems else []
     model = build_model(tokenizer, seed=seed)
     table = Table("after", "deduction", "abduction", "induction", "mean", "valid proposals")
-    for phase in phases:
-        _train_with_bar(model, tokenizer, phase, seed, console)
-        report = evaluate(model, tokenizer, measured, proposals_per_task=len(measured) // 9, seed=seed)
-        table.add_row(f"{phase.steps} {phase.name} steps", *_cells(report))
-    _save(folder, model, tokenizer, suite)
+    with _whole_or_absent(folder) as partial:
+        for phase in phases:
+            _train_with_bar(model, tokenizer, phase, seed, console)
+            report = evaluate(model, tokenizer, measured, proposals_per_task=len(measured) // 9, seed=seed)
+            table.add_row(f"{phase.steps} {phase.name} steps", *_cells(report))
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_suite(partial / SUITE_NAME, suite)
     console.print(table)
     console.print(f"Greedy accuracy on {len(measured)} of the {len(suite)} held-out problems in {folder / SUITE_NAME}.")
+
+
+@contextmanager
+def _whole_or_absent(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` when all went well and vanishes otherwise."""
+    if folder.exists():
+        raise ConfigError(f"{folder} exists already. Move it away, or name a new folder with --output.")
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(folder)
+    except OSError as error:
+        raise CheckpointError(f"could not write {folder}: {error}. Free some space or change --output.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _train_with_bar(
@@ -110,17 +129,3 @@ def _cells(report: Report) -> list[str]:
     by_task = [f"{report.accuracy[task]:.3f}" for task in TASKS]
     valid = " ".join(f"{report.valid[task]:.2f}" for task in TASKS)
     return [*by_task, f"{report.mean_accuracy:.3f} ± {report.standard_error:.3f}", valid]
-
-
-def _save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, suite: Sequence[Problem]) -> None:
-    """Write everything under a temporary name first, so that the folder is whole or absent."""
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        write_suite(partial / SUITE_NAME, suite)
-        partial.rename(folder)
-    except OSError as error:
-        raise CheckpointError(f"could not write {folder}: {error}. Free some space or change --output.") from error

@@ -142,7 +142,7 @@ def test_a_full_disk_is_told_and_leaves_no_half_checkpoint(tmp_path: Path) -> No
     mount = f"mount -t tmpfs -o size=4m none {tmp_path} && exec {sys.executable} -c '{FULL_DISK}' {tmp_path}"
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
-    if done.returncode and "unshare" in done.stderr + done.stdout or "mount:" in done.stderr:
+    if (done.returncode and "unshare" in done.stderr + done.stdout) or "mount:" in done.stderr:
         pytest.skip("this machine does not let a test mount a small disk")
     message, left = done.stdout.splitlines()
     assert "the disk is full" in message

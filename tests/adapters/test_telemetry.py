@@ -80,7 +80,7 @@ def test_a_full_disk_is_told_and_leaves_no_half_line(tmp_path: Path) -> None:
         text=True,
         check=True,
         cwd=Path(__file__).parents[2],
-        preexec_fn=limit_files_to_100_bytes,  # noqa: PLW1509 - the only way to fill a disk without one
+        preexec_fn=limit_files_to_100_bytes,
     )
     assert done.stdout.startswith(f"the disk is full: {path} cannot grow. Free some space")
     assert [record["step"] for record in lines_of(path)] == [1]  # type: ignore[index]

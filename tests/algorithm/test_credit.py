@@ -1,5 +1,7 @@
 """Rewards of the proposer, TRR++ advantages, and the weight of a token in the loss."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,12 +10,17 @@ from numpy.typing import NDArray
 
 from azr_async.algorithm.credit import learnability, shuffled_within_cells, task_relative_advantages, token_weights
 
-MODES = st.sampled_from(["sample", "token"])
+Mode = Literal["sample", "token"]
+Aggregation = Literal["token", "sequence"]
+CellWeights = Literal["tokens", "equal"]
+Batch = tuple[list[float], list[int], list[str]]
+
+MODES: st.SearchStrategy[Mode] = st.sampled_from(["sample", "token"])
 REWARDS = st.sampled_from([-1.0, -0.5, 0.0, 0.125, 0.5, 0.875, 1.0])
 
 
 @st.composite
-def batches(draw: st.DrawFn, least: int = 1) -> tuple[list[float], list[int], list[str]]:
+def batches(draw: st.DrawFn, least: int = 1) -> Batch:
     count = draw(st.integers(least, 30))
     rewards = draw(st.lists(REWARDS, min_size=count, max_size=count))
     lengths = draw(st.lists(st.integers(1, 40), min_size=count, max_size=count))
@@ -21,7 +28,7 @@ def batches(draw: st.DrawFn, least: int = 1) -> tuple[list[float], list[int], li
     return rewards, lengths, cells
 
 
-def plainly(rewards: list[float], lengths: list[int], cells: list[str], mode: str) -> NDArray[np.float64]:
+def plainly(rewards: list[float], lengths: list[int], cells: list[str], mode: Mode) -> NDArray[np.float64]:
     """The definition, written out: every token (or sample) is one observation of its cell."""
     advantages = []
     for reward, cell in zip(rewards, cells, strict=True):
@@ -79,14 +86,14 @@ def test_sample_mode_by_hand() -> None:
 
 
 @given(batch=batches(), mode=MODES)
-def test_advantages_equal_their_definition(batch: tuple[list[float], list[int], list[str]], mode: str) -> None:
-    advantages, _ = task_relative_advantages(*batch, mode)  # type: ignore[arg-type]
+def test_advantages_equal_their_definition(batch: Batch, mode: Mode) -> None:
+    advantages, _ = task_relative_advantages(*batch, mode)
     np.testing.assert_allclose(advantages, plainly(*batch, mode), atol=1e-9)
 
 
 @given(batch=batches(), mode=MODES)
-def test_the_weighted_mean_of_every_cell_is_zero(batch: tuple[list[float], list[int], list[str]], mode: str) -> None:
-    advantages, stats = task_relative_advantages(*batch, mode)  # type: ignore[arg-type]
+def test_the_weighted_mean_of_every_cell_is_zero(batch: Batch, mode: Mode) -> None:
+    advantages, stats = task_relative_advantages(*batch, mode)
     weights = np.array(batch[1]) if mode == "token" else np.ones(len(batch[1]))
     cells = np.array(batch[2])
     sums = [(advantages * weights)[cells == cell].sum() for cell in stats]
@@ -94,23 +101,19 @@ def test_the_weighted_mean_of_every_cell_is_zero(batch: tuple[list[float], list[
 
 
 @given(batch=batches(), mode=MODES, shift=st.floats(-5, 5))
-def test_adding_a_constant_to_all_rewards_changes_nothing(
-    batch: tuple[list[float], list[int], list[str]], mode: str, shift: float
-) -> None:
+def test_adding_a_constant_to_all_rewards_changes_nothing(batch: Batch, mode: Mode, shift: float) -> None:
     rewards, lengths, cells = batch
-    plain, _ = task_relative_advantages(rewards, lengths, cells, mode)  # type: ignore[arg-type]
-    shifted, _ = task_relative_advantages(np.array(rewards) + shift, lengths, cells, mode)  # type: ignore[arg-type]
+    plain, _ = task_relative_advantages(rewards, lengths, cells, mode)
+    shifted, _ = task_relative_advantages(np.array(rewards) + shift, lengths, cells, mode)
     np.testing.assert_allclose(shifted, plain, atol=1e-6)
 
 
 @given(batch=batches(), mode=MODES, seed=st.integers(0, 2**31))
-def test_the_order_of_the_rollouts_does_not_matter(
-    batch: tuple[list[float], list[int], list[str]], mode: str, seed: int
-) -> None:
+def test_the_order_of_the_rollouts_does_not_matter(batch: Batch, mode: Mode, seed: int) -> None:
     order = np.random.default_rng(seed).permutation(len(batch[0]))
     permuted = tuple([column[index] for index in order] for column in batch)
-    plain, _ = task_relative_advantages(*batch, mode)  # type: ignore[arg-type]
-    there, _ = task_relative_advantages(*permuted, mode)  # type: ignore[arg-type]
+    plain, _ = task_relative_advantages(*batch, mode)
+    there, _ = task_relative_advantages(*permuted, mode)
     np.testing.assert_allclose(there, plain[order], atol=1e-9)
 
 
@@ -119,13 +122,13 @@ def test_the_order_of_the_rollouts_does_not_matter(
     lengths=st.lists(st.integers(1, 1000), min_size=1, max_size=20),
     mode=MODES,
 )
-def test_a_cell_of_equal_rewards_gets_exactly_zero(reward: float, lengths: list[int], mode: str) -> None:
-    advantages, _ = task_relative_advantages([reward] * len(lengths), lengths, ["x"] * len(lengths), mode)  # type: ignore[arg-type]
+def test_a_cell_of_equal_rewards_gets_exactly_zero(reward: float, lengths: list[int], mode: Mode) -> None:
+    advantages, _ = task_relative_advantages([reward] * len(lengths), lengths, ["x"] * len(lengths), mode)
     assert (advantages == 0.0).all()
 
 
 @given(batch=batches(), seed=st.integers(0, 1000))
-def test_shuffling_keeps_the_rewards_of_every_cell(batch: tuple[list[float], list[int], list[str]], seed: int) -> None:
+def test_shuffling_keeps_the_rewards_of_every_cell(batch: Batch, seed: int) -> None:
     rewards, _, cells = batch
     shuffled = shuffled_within_cells(rewards, cells, (seed, 3))
     names = np.array(cells)
@@ -145,10 +148,10 @@ def test_shuffling_depends_on_the_version() -> None:
     cell_weights=st.sampled_from(["tokens", "equal"]),
 )
 def test_the_weights_of_all_tokens_sum_to_one(
-    batch: tuple[list[float], list[int], list[str]], aggregation: str, cell_weights: str
+    batch: Batch, aggregation: Aggregation, cell_weights: CellWeights
 ) -> None:
     _, lengths, cells = batch
-    weights = token_weights(lengths, cells, aggregation=aggregation, cell_weights=cell_weights, emphasis={})  # type: ignore[arg-type]
+    weights = token_weights(lengths, cells, aggregation=aggregation, cell_weights=cell_weights, emphasis={})
     assert (weights * lengths).sum() == pytest.approx(1.0)
 
 
@@ -161,19 +164,19 @@ def test_the_weights_of_all_tokens_sum_to_one(
         ("sequence", "equal", [1 / 8, 1 / 12, 1 / 10]),
     ],
 )
-def test_weights_by_hand(aggregation: str, cell_weights: str, expected: list[float]) -> None:
+def test_weights_by_hand(aggregation: Aggregation, cell_weights: CellWeights, expected: list[float]) -> None:
     weights = token_weights(
         [2, 3, 5],
         ["a", "a", "b"],
-        aggregation=aggregation,  # type: ignore[arg-type]
-        cell_weights=cell_weights,  # type: ignore[arg-type]
+        aggregation=aggregation,
+        cell_weights=cell_weights,
         emphasis={},
     )
     np.testing.assert_allclose(weights, expected)
 
 
 @given(batch=batches())
-def test_equal_cells_share_the_loss_equally(batch: tuple[list[float], list[int], list[str]]) -> None:
+def test_equal_cells_share_the_loss_equally(batch: Batch) -> None:
     _, lengths, cells = batch
     weights = token_weights(lengths, cells, aggregation="token", cell_weights="equal", emphasis={})
     names = np.array(cells)

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +13,8 @@ from torch import Tensor
 from azr_async.algorithm.losses import (
     MEASURES,
     Objective,
+    ObjectiveName,
+    ProximalName,
     TokenBatch,
     effective_sample_size,
     entropy,
@@ -103,7 +104,7 @@ def one_token(**changes: float) -> tuple[Tensor, TokenBatch]:
 
 @pytest.mark.parametrize("name", NAMES)
 @given(seed=SEEDS, dual_clip=st.sampled_from([0.0, 1.1, 3.0]))
-def test_every_objective_equals_its_reference(name: Any, seed: int, dual_clip: float) -> None:
+def test_every_objective_equals_its_reference(name: ObjectiveName, seed: int, dual_clip: float) -> None:
     logp, batch = random_batch(seed)
     objective = replace(DEFAULT, name=name, dual_clip=dual_clip)
     loss, is_cut = surrogate_loss(logp, batch, objective)
@@ -114,7 +115,7 @@ def test_every_objective_equals_its_reference(name: Any, seed: int, dual_clip: f
 
 @pytest.mark.parametrize("name", NAMES)
 @given(seed=SEEDS, junk=st.sampled_from([0.0, 1e30, math.inf, -math.inf, math.nan]))
-def test_padding_changes_neither_the_loss_nor_its_gradient(name: Any, seed: int, junk: float) -> None:
+def test_padding_changes_neither_the_loss_nor_its_gradient(name: ObjectiveName, seed: int, junk: float) -> None:
     logp, batch = random_batch(seed)
     objective = replace(DEFAULT, name=name)
     filled = [
@@ -135,7 +136,7 @@ def test_padding_changes_neither_the_loss_nor_its_gradient(name: Any, seed: int,
 
 @pytest.mark.parametrize("name", NAMES)
 @given(seed=SEEDS)
-def test_micro_batches_add_up_to_the_batch(name: Any, seed: int) -> None:
+def test_micro_batches_add_up_to_the_batch(name: ObjectiveName, seed: int) -> None:
     logp, batch = random_batch(seed)
     objective = replace(DEFAULT, name=name)
     whole, _ = surrogate_loss(logp, batch, objective)
@@ -158,7 +159,7 @@ def test_micro_batches_add_up_to_the_batch(name: Any, seed: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @given(seed=SEEDS)
-def test_on_policy_every_objective_has_the_gradient_of_reinforce(name: Any, seed: int) -> None:
+def test_on_policy_every_objective_has_the_gradient_of_reinforce(name: ObjectiveName, seed: int) -> None:
     logp, batch = random_batch(seed)
     fresh = replace(batch, behavior_logp=logp, proximal_logp=logp)
     _, gradient = loss_and_gradient(logp, fresh, replace(DEFAULT, name=name))
@@ -196,7 +197,7 @@ def test_within_its_bounds_decoupled_ppo_does_not_depend_on_the_proximal_policy(
         ("none", {"mu": 0.01, "advantage": 0.5}, -0.5 * math.log(0.5)),
     ],
 )
-def test_one_token_by_hand(name: Any, token: dict[str, float], expected: float) -> None:
+def test_one_token_by_hand(name: ObjectiveName, token: dict[str, float], expected: float) -> None:
     logp, batch = one_token(**token)
     loss, _ = surrogate_loss(logp, batch, replace(DEFAULT, name=name))
     assert loss.item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
@@ -240,13 +241,13 @@ def test_the_proximal_policy_by_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["recomputed", "interpolated"])
-def test_a_proximal_policy_without_its_input_is_refused(name: Any) -> None:
+def test_a_proximal_policy_without_its_input_is_refused(name: ProximalName) -> None:
     with pytest.raises(ValueError, match="needs"):
         proximal_logp(name, logp=torch.zeros(1), behavior_logp=torch.zeros(1))
 
 
 @given(seed=SEEDS, name=st.sampled_from(["detached", "recomputed", "interpolated"]))
-def test_no_proximal_policy_carries_a_gradient(seed: int, name: Any) -> None:
+def test_no_proximal_policy_carries_a_gradient(seed: int, name: ProximalName) -> None:
     logp, batch = random_batch(seed)
     logp.requires_grad_()
     versions = torch.zeros_like(logp, dtype=torch.int32)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from azr_async.algorithm.packing import MicroBatch, pack, padded, waste
+from azr_async.algorithm.packing import MicroBatch, pack, padded, shared_rows, waste
 
 LENGTHS = st.lists(st.integers(1, 100), max_size=60)
 
@@ -66,3 +66,25 @@ def test_waste_by_hand() -> None:
     plan = ((MicroBatch(members=(0, 1), width=10),),)
     assert waste(plan, [10, 5]) == pytest.approx(0.25)
     assert waste(((),), []) == 0.0
+
+
+PROMPTS = st.lists(st.sampled_from([(1,), (1, 2), (3, 4, 5)]), max_size=20)
+
+
+@given(prompts=PROMPTS, data=st.data(), limit=st.integers(1, 40))
+def test_shared_rows_hold_every_completion_once_under_its_own_prompt(
+    prompts: list[tuple[int, ...]], data: st.DataObject, limit: int
+) -> None:
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=len(prompts), max_size=len(prompts)))
+    rows = shared_rows([np.array(prompt, np.int32) for prompt in prompts], lengths, limit_tokens=limit)
+    assert sorted(index for row in rows for index in row) == list(range(len(prompts)))
+    for row in rows:
+        assert len({prompts[index] for index in row}) == 1
+        tokens = len(prompts[row[0]]) + sum(lengths[index] for index in row)
+        assert tokens <= limit or len(row) == 1
+
+
+def test_attempts_at_one_prompt_share_a_row_across_groups() -> None:
+    one, other = np.array([1, 2, 3], np.int32), np.array([1, 2], np.int32)
+    assert shared_rows([one, other, one.copy(), one], [2, 2, 2, 2], limit_tokens=100) == [(0, 2, 3), (1,)]
+    assert shared_rows([one, one, one], [2, 2, 2], limit_tokens=7) == [(0, 1), (2,)]

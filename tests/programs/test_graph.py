@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import count
@@ -21,6 +21,7 @@ from azr_async.messages import (
     CELLS,
     TASKS,
     BatchRequest,
+    Completion,
     EvaluationRequest,
     EvaluationResult,
     GenerateJob,
@@ -29,7 +30,8 @@ from azr_async.messages import (
     RolloutBatch,
     WeightsReady,
 )
-from azr_async.programs.graph import Parts, Reply, Request, self_play
+from azr_async.programs.graph import Reply, Request, self_play
+from azr_async.programs.parts import Parts
 
 CONFIG = Config(
     flow=FlowConfig(max_lag=1, propose_samples=3, solve_samples=16),
@@ -90,19 +92,24 @@ class ScriptedLearner:
 
 @asynccontextmanager
 async def running(
-    tmp_path: Path, config: Config = CONFIG, answer: object = scripted_answer
+    tmp_path: Path,
+    config: Config = CONFIG,
+    answer: Callable[[GenerateJob, int], str] = scripted_answer,
+    suite: Sequence[Problem] = (HELD_OUT,),
+    stop: asyncio.Event | None = None,
+    engine: type[ScriptedEngine] = ScriptedEngine,
 ) -> AsyncIterator[tuple[ScriptedLearner, Parts]]:
     learner = ScriptedLearner()
     with SqliteJournal(tmp_path / "journal.sqlite") as journal:
         async with SandboxPool(workers=2, label="test_graph") as sandbox:
             parts = Parts(
                 config=config,
-                engine=ScriptedEngine(answer, version=lambda: learner.version),  # type: ignore[arg-type]
+                engine=engine(answer, version=lambda: learner.version),
                 sandbox=sandbox,
                 dialogue=make_dialogue("compact"),
                 journal=journal,
                 library=Library(capacity=1000, seed=1),
-                suite=[HELD_OUT],
+                suite=suite,
                 usage=lambda: {"busy.inference": 0.0, "busy.sandbox": sandbox.busy_seconds, "tokens.generated": 0.0},
                 report=lambda phase, done, total: None,
                 group_ids=count(-1, -1),
@@ -110,7 +117,7 @@ async def running(
             async with asyncio.TaskGroup() as group:
                 async with learner.requests:
                     serving = group.create_task(
-                        self_play(parts, learner.requested, learner.replies, stop=asyncio.Event())
+                        self_play(parts, learner.requested, learner.replies, stop=stop or asyncio.Event())
                     )
                     await learner.start()
                     yield learner, parts
@@ -169,16 +176,50 @@ async def test_accepted_tasks_are_on_disk_before_they_are_solved(tmp_path: Path)
 
 async def test_evaluation_is_greedy_and_answers_in_the_suites_order(tmp_path: Path) -> None:
     suite = [HELD_OUT, replace(HELD_OUT, pairs=(Pair(input="2", output="3", value=encode(3)),))]
-    async with running(tmp_path) as (learner, parts):
-        parts = replace(parts, suite=suite)
+    async with running(tmp_path, suite=suite) as (learner, _):
         await learner.requests.send(EvaluationRequest(version=0))
         reply = await anext(learner.replied)
-    assert reply == EvaluationResult(version=0, tasks=("deduction",), solved=(True,))
+    assert isinstance(reply, EvaluationResult)
+    assert (reply.version, reply.tasks, reply.solved) == (0, ("deduction",) * 2, (True, False))
+    assert set(reply.valid) == set(TASKS)
+    assert 0.5 < reply.valid["deduction"] < 1.0  # one scripted proposal in five does not run
 
 
 async def test_stopping_admission_lets_the_work_at_hand_finish(tmp_path: Path) -> None:
-    async with running(tmp_path) as (learner, _):
-        assert len((await learner.batch()).rollouts) > 0
+    stop = asyncio.Event()
+    async with running(tmp_path, stop=stop) as (learner, _):
+        await learner.batch()
+        stop.set()
+        await learner.trained()
+        assert len((await learner.batch()).rollouts) == 3 * (3 + 16)  # admitted before, within the window of max_lag 1
+
+
+async def test_late_samples_are_dropped_counted_and_their_tasks_drawn_again(tmp_path: Path) -> None:
+    """With `late = drop` and an engine that answers one prompt only after versions went by."""
+    held: list[asyncio.Event] = []
+
+    class SlowEngine(ScriptedEngine):
+        async def generate(self, job: GenerateJob) -> AsyncIterator[Completion]:
+            is_held = not held and job.prompt.text.startswith("<solve><deduction>") and job.priority >= 0
+            if is_held:
+                held.append(asyncio.Event())
+            async for completion in super().generate(job):
+                if is_held:
+                    await held[0].wait()
+                yield completion
+
+    config = CONFIG.model_copy(update={"flow": CONFIG.flow.model_copy(update={"late": "drop"})})
+    async with running(tmp_path, config, engine=SlowEngine) as (learner, _):
+        for _ in range(4):
+            await learner.batch()
+            await learner.trained()
+        held[0].set()
+        dropped = 0.0
+        while not dropped:
+            batch = await learner.batch()
+            await learner.trained()
+            dropped += batch.stats["samples.dropped"]
+            assert all(batch.version - rollout.oldest_version <= 1 for rollout in batch.rollouts)
 
 
 async def test_a_policy_that_proposes_nothing_valid_still_trains(tmp_path: Path) -> None:

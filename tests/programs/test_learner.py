@@ -157,7 +157,12 @@ def a_config(folder: Path, **sections: dict[str, Any]) -> Config:
 
 
 async def run_learner(
-    folder: Path, config: Config, peers: Peers | None = None, resume: Path | None = None, reporter: Reporter | None = None
+    folder: Path,
+    config: Config,
+    peers: Peers | None = None,
+    *,
+    resume: Path | None = None,
+    reporter: Reporter | None = None,
 ) -> Peers:
     """One learner from start to end, with its peers."""
     wires_dir = folder / "wires"
@@ -297,9 +302,7 @@ async def test_a_stop_before_the_start_ends_at_once(tmp_path: Path) -> None:
     reporter = Reporter("learner-0")
     reporter.stop_requested.set()
     (tmp_path / "wires").mkdir()
-    await learn(
-        reporter, run_dir=tmp_path / "run", wires_dir=tmp_path / "wires", config=config, rank=0, resume=None
-    )
+    await learn(reporter, run_dir=tmp_path / "run", wires_dir=tmp_path / "wires", config=config, rank=0, resume=None)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -12,22 +12,13 @@ from azr_async.starter.suite import STARTER_SUITE, load_suite
 FEW_STEPS = ["--warm-steps", "2", "--noise-steps", "1", "--measured-problems", "9"]
 
 
-def made(folder: Path, seed: int) -> dict[str, torch.Tensor]:
-    assert main(["--output", str(folder), "--seed", str(seed), *FEW_STEPS]) == 0
-    return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
-
-
 def test_the_folder_holds_a_model_its_tokenizer_and_the_suite(tmp_path: Path) -> None:
-    made(tmp_path / "new" / "starter", seed=3)
-    assert AutoTokenizer.from_pretrained(tmp_path / "new" / "starter").eos_token == "<eos>"
-    assert load_suite(tmp_path / "new" / "starter" / "heldout.jsonl") == load_suite(STARTER_SUITE)
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["starter"]
-
-
-def test_a_seed_reproduces_the_weights_and_another_gives_others(tmp_path: Path) -> None:
-    first, again, other = (made(tmp_path / name, seed) for name, seed in [("a", 1), ("b", 1), ("c", 2)])
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not all(torch.equal(first[name], other[name]) for name in first)
+    folder = tmp_path / "new" / "starter"
+    assert main(["--output", str(folder), *FEW_STEPS]) == 0
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float32
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "<eos>"
+    assert load_suite(folder / "heldout.jsonl") == load_suite(STARTER_SUITE)
+    assert [path.name for path in folder.parent.iterdir()] == ["starter"]
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

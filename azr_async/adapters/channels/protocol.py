@@ -1,14 +1,14 @@
 """What the two ends of a ZeroMQ channel say to each other. One frame says which, the next ones are its arguments.
 
-    sender -> receiver    HELLO name       let me join; repeated until the answer comes
-                          DATA message     only with credit
-                          BEAT             I am alive
-                          CLOSE            that was all
-    receiver -> sender    WELCOME n limit  joined; you may send n messages in all, of `limit` bytes each
-                          ALLOW n          you may send n messages in all; repeated as heartbeat, so a lost one heals
-                          GOODBYE          everything before your CLOSE has arrived
-                          CLOSED           I shall receive nothing more
-                          UNKNOWN          you have not joined, or I gave up on you
+sender -> receiver    HELLO name       let me join; repeated until the answer comes
+                      DATA message     only with credit
+                      BEAT             I am alive
+                      CLOSE            that was all
+receiver -> sender    WELCOME n limit  joined; you may send n messages in all, of `limit` bytes each
+                      ALLOW n          you may send n messages in all; repeated as heartbeat, so a lost one heals
+                      GOODBYE          everything before your CLOSE has arrived
+                      CLOSED           I shall receive nothing more
+                      UNKNOWN          you have not joined, or I gave up on you
 """
 
 import struct

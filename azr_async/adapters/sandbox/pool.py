@@ -1,19 +1,14 @@
 """The sandbox that self-play uses: many untrusted programs in flight, none of them trusted with anything."""
 
-import asyncio
-import json
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Final, Literal, Self
 
-from azr_async.adapters.sandbox.helpers import HelperGone, HelperSettings, start_helper
-from azr_async.adapters.sandbox.inside.wire import split_parts, with_length
-from azr_async.adapters.sandbox.lanes import Lane
+from azr_async.adapters.sandbox.crew import Crew, Require
+from azr_async.adapters.sandbox.helpers import HelperSettings
 from azr_async.adapters.sandbox.meter import Meter
 from azr_async.adapters.sandbox.recent import Recent
-from azr_async.adapters.sandbox.slots import Parser, Slot
-from azr_async.adapters.sandbox.verdicts import Report, agreed, outcomes_of
+from azr_async.adapters.sandbox.verdicts import Limits, agreed, outcomes_of
 from azr_async.algorithm.values import read
 from azr_async.messages import Outcome
 
@@ -25,14 +20,7 @@ _COMPUTING_MODULES: Final = """
 DEFAULT_IMPORTS: Final = tuple(_COMPUTING_MODULES.split())
 """Modules that compute and nothing else: no clock, no chance, no file, no thread."""
 
-SPARE_SLOTS: Final = 10
-"""Zygotes beyond `workers`, for programs that take long, so that they delay no other."""
-STRAGGLER_SECONDS: Final = 0.1
-PARSERS: Final = 2
 SOURCE_CHARACTERS: Final = 65_536
-ATTEMPTS: Final = 3
-"""How often a run is handed to another process when one dies under it."""
-
 INPUTS_PER_FORK: Final = 64
 
 InputMode = Literal["literal", "expression"]
@@ -50,6 +38,7 @@ class SandboxPool:
         result_bytes: longest encoded value that a program may return.
         cache_entries: verdicts that are remembered.
         label: stands in the command line of every process of the sandbox.
+        require: `strict` refuses to start where a program could get out; `best-effort` starts and tells, in `layers`.
     """
 
     def __init__(
@@ -63,32 +52,21 @@ class SandboxPool:
         result_bytes: int = 65_536,
         cache_entries: int = 65_536,
         label: str = "",
+        require: Require = "strict",
     ) -> None:
-        self._settings = HelperSettings(
+        settings = HelperSettings(
             allowed_imports=allowed_imports, memory_mb=memory_mb, result_bytes=result_bytes, label=label
         )
-        self._workers = workers
-        self._wall_seconds = wall_seconds
-        self._cpu_seconds = max(1, math.ceil(cpu_seconds))
-        self._result_bytes = result_bytes
-        self._permits = asyncio.Semaphore(workers)
-        self._lanes = [Lane(partial(self._start_slot, flavour), most=workers + SPARE_SLOTS) for flavour in (0, 1)]
-        self._parsers = Lane(self._start_parser, most=PARSERS)
+        self._limits = Limits(
+            wall_seconds=wall_seconds, cpu_seconds=max(1, math.ceil(cpu_seconds)), result_bytes=result_bytes
+        )
+        self._crew = Crew(settings, self._limits, workers=workers, require=require)
         self._verdicts: Recent[tuple[str, str, int, InputMode], Outcome] = Recent(cache_entries)
         self._codes: Recent[str, bytes] = Recent(min(cache_entries, 4096))
         self._literals: Recent[str, Outcome] = Recent(cache_entries)
-        self._layers: dict[str, str] = {}
-        self.meter = Meter()
 
     async def __aenter__(self) -> Self:
-        try:
-            async with asyncio.TaskGroup() as starts:
-                self._parsers.open(starts, 1)
-                self._lanes[0].open(starts, self._workers)
-                self._lanes[1].open(starts, 1)
-        except ExceptionGroup as failures:
-            self.close()
-            raise failures.exceptions[0] from None
+        await self._crew.open()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -96,19 +74,27 @@ class SandboxPool:
 
     def close(self) -> None:
         """Kill every process of the sandbox. Runs in progress raise SandboxError."""
-        for lane in self._lanes:
-            lane.close()
-        self._parsers.close()
+        self._crew.close()
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """What isolates the programs: layer -> `verified ...` or why it is not there."""
+        return dict(self._crew.layers)
+
+    @property
+    def meter(self) -> Meter:
+        """Outcomes by status, latency, forks, waiting programs."""
+        return self._crew.meter
+
+    @property
+    def restarts(self) -> int:
+        """Sandboxed processes that had to be replaced, so far."""
+        return self._crew.restarts
 
     @property
     def busy_seconds(self) -> float:
         """Total so far: wall time in which a program was running, added up over programs running side by side."""
-        return self.meter.busy_seconds
-
-    @property
-    def layers(self) -> dict[str, str]:
-        """Isolation layers that are active, by name."""
-        return dict(self._layers)
+        return self._crew.meter.busy_seconds
 
     async def run(
         self, program: str, inputs: Sequence[str], *, times: int = 1, input_mode: InputMode = "literal"
@@ -162,93 +148,33 @@ class SandboxPool:
         outcomes = [_refused(argument) for argument in arguments]
         open_numbers = [number for number, argument in enumerate(arguments) if argument[:1] != b"E"]
         for repeat in range(times):
-            results = await self._execute(self._lanes[repeat % 2], code[1:], [arguments[n] for n in open_numbers])
+            results = await self._execute(repeat % 2, code[1:], [arguments[n] for n in open_numbers])
             for number, result in zip(open_numbers, results, strict=True):
                 outcomes[number] = result if repeat == 0 else agreed(outcomes[number], result)
             # Nothing that ran into a limit is tried again. Reversed: what one input leaves to the next shows itself.
             open_numbers = [n for n in reversed(open_numbers) if outcomes[n].status in ("ok", "error")]
         return outcomes
 
-    async def _execute(self, lane: Lane[Slot], code: bytes, arguments: list[bytes]) -> list[Outcome]:
+    async def _execute(self, flavour: int, code: bytes, arguments: list[bytes]) -> list[Outcome]:
         outcomes: list[Outcome] = []
         timeouts = 0
         while len(outcomes) < len(arguments):
             rest = arguments[len(outcomes) :]
-            report = await self._fork(lane, code, rest)
-            outcomes += outcomes_of(report, len(rest), cpu_limit_seconds=self._cpu_seconds)
+            report = await self._crew.fork(flavour, code, rest)
+            outcomes += outcomes_of(report, len(rest), self._limits)
             timeouts += report.was_killed
             if outcomes[-1].status == "timeout" or timeouts > 1:
                 outcomes += [NOT_TRIED] * (len(arguments) - len(outcomes))
         return outcomes
 
-    async def _fork(self, lane: Lane[Slot], code: bytes, arguments: list[bytes]) -> Report:
-        request = b"".join(map(with_length, [code, *arguments]))
-        for _ in range(ATTEMPTS):
-            with self.meter.queued():
-                await self._permits.acquire()
-            permit = _Permit(self._permits)
-            try:
-                async with lane.member() as slot:
-                    permit.expire_in(STRAGGLER_SECONDS)
-                    with self.meter.running():
-                        return await slot.run(
-                            request,
-                            wall_seconds=self._wall_seconds,
-                            cpu_seconds=self._cpu_seconds,
-                            limit_bytes=len(arguments) * (self._result_bytes + 8),
-                        )
-            except HelperGone:
-                continue
-            finally:
-                permit.release()
-        return LOST
-
     async def _parse(self, mode: str, program: str | None, inputs: list[str]) -> list[bytes]:
-        """One part for the program, unless it is None, and one for each input (inside/parser.py)."""
         texts = inputs if program is None else [program, *inputs]
         if any(len(text) > SOURCE_CHARACTERS for text in texts):
             return [f"Elonger than {SOURCE_CHARACTERS} characters".encode()] * len(texts)
-        request = json.dumps([mode, program, inputs]).encode()
-        for _ in range(ATTEMPTS):
-            try:
-                async with self._parsers.member() as parser:
-                    return list(split_parts(await parser.parse(request)))
-            except HelperGone:
-                continue
-        return [b"Eit cannot be parsed within limits"] * len(texts)
-
-    async def _start_slot(self, flavour: int) -> Slot:
-        helper = await start_helper("zygote", self._settings, flavour=flavour)
-        self._layers.update(helper.layers)
-        return Slot(helper)
-
-    async def _start_parser(self) -> Parser:
-        return Parser(await start_helper("parser", self._settings))
-
-
-class _Permit:
-    """The right to compute, handed on when the program ends or has taken long."""
-
-    def __init__(self, permits: asyncio.Semaphore) -> None:
-        self._permits = permits
-        self._is_held = True
-        self._timer: asyncio.TimerHandle | None = None
-
-    def expire_in(self, seconds: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(seconds, self.release)
-
-    def release(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._is_held:
-            self._is_held = False
-            self._permits.release()
+        return await self._crew.parse(mode, program, inputs)
 
 
 NOT_TRIED: Final = Outcome(status="timeout", error="not tried: an earlier input of the same call took too long")
-LOST: Final = Report(
-    content=b"", is_over_limit=False, was_killed=False, wait_status=256, cpu_seconds=0.0, wall_ms=0.0
-)
 
 
 def _refused(part: bytes) -> Outcome:

@@ -12,12 +12,14 @@ from typing import Final
 
 from azr_async.adapters.sandbox.helpers import Helper, HelperGone
 from azr_async.adapters.sandbox.inside.wire import ORDER, REPORT, with_length
-from azr_async.adapters.sandbox.verdicts import Report
+from azr_async.adapters.sandbox.verdicts import Limits, Report
 
 BACKSTOP_SECONDS: Final = 3.0
 """What a zygote gets beyond a program's wall limit to kill it and to report."""
 PARSE_SECONDS: Final = 2.0
 REPLY_BYTES: Final = 1 << 23
+FRAME_BYTES: Final = 300
+"""What a result may take beside its value: length, letter, the text of an error."""
 CHUNK_BYTES: Final = 1 << 16
 
 
@@ -35,17 +37,17 @@ class Slot:
         self._writer = _RequestWriter(helper.request_fd)
         self.is_broken = False
 
-    async def run(self, request: bytes, *, wall_seconds: float, cpu_seconds: int, limit_bytes: int) -> Report:
+    async def run(self, request: bytes, limits: Limits, *, inputs: int) -> Report:
         """Run one program. Raises HelperGone when the zygote ends or is silent past the program's deadline."""
         self._content.clear()
-        self._limit_bytes = limit_bytes
+        self._limit_bytes = inputs * (limits.result_bytes + FRAME_BYTES)
         ended: asyncio.Future[bytes | None] = self._loop.create_future()
         self._ended = ended
-        backstop = self._loop.call_later(wall_seconds + BACKSTOP_SECONDS, self._break, "its zygote is silent")
+        backstop = self._loop.call_later(limits.wall_seconds + BACKSTOP_SECONDS, self._break, "its zygote is silent")
         started = time.monotonic()
         is_whole = False
         try:
-            os.write(self.helper.control_fd, ORDER.pack(int(wall_seconds * 1000), cpu_seconds))
+            os.write(self.helper.control_fd, ORDER.pack(int(limits.wall_seconds * 1000), limits.cpu_seconds))
             self._writer.write(with_length(request))
             report = await ended
             is_whole = True
@@ -135,11 +137,11 @@ class Parser:
         self.is_broken = False
 
     async def parse(self, request: bytes) -> bytes:
-        """The reply's content. Raises HelperGone when the parser ends, or takes longer than `PARSE_SECONDS`."""
+        """The reply's content. Raises HelperGone when the parser ends, TimeoutError after `PARSE_SECONDS`."""
         self._content.clear()
         replied: asyncio.Future[bytes] = self._loop.create_future()
         self._replied = replied
-        deadline = self._loop.call_later(PARSE_SECONDS, self._break, "parsing takes too long")
+        deadline = self._loop.call_later(PARSE_SECONDS, self._give_up)
         is_whole = False
         try:
             self._writer.write(with_length(request))
@@ -173,6 +175,10 @@ class Parser:
             self._break("the parser has ended or talks nonsense")
         elif len(self._content) == size and size > 4 and not self._replied.done():
             self._replied.set_result(bytes(self._content[4:]))
+
+    def _give_up(self) -> None:
+        if self._replied is not None and not self._replied.done():
+            self._replied.set_exception(TimeoutError())
 
     def _break(self, reason: str) -> None:
         if self._replied is not None and not self._replied.done():

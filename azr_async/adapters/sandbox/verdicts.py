@@ -13,6 +13,15 @@ from azr_async.messages import Outcome
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What one program may use on one input."""
+
+    wall_seconds: float
+    cpu_seconds: int
+    result_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """How a child ended, as the zygote and the pool saw it."""
 
@@ -27,7 +36,7 @@ class Report:
     wall_ms: float
 
 
-def outcomes_of(report: Report, count: int, *, cpu_limit_seconds: int) -> list[Outcome]:
+def outcomes_of(report: Report, count: int, limits: Limits) -> list[Outcome]:
     """The outcomes of the first inputs of a child that was given `count` >= 1 inputs; at least one, in order.
 
     Where the child ended early, the input it was working on gets a verdict only if it was the first: a later one may
@@ -39,7 +48,7 @@ def outcomes_of(report: Report, count: int, *, cpu_limit_seconds: int) -> list[O
         return [_outcome(frame, wall_ms) for frame in frames]
     if frames and count > 1 and not report.is_over_limit:
         return [_outcome(frame, wall_ms) for frame in frames[: count - 1]]
-    return [_verdict(report, cpu_limit_seconds)]
+    return [_verdict(report, limits.cpu_seconds)]
 
 
 def _ended_well(report: Report) -> bool:

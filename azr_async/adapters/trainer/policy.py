@@ -12,15 +12,20 @@ from torch.nn import functional
 
 from azr_async.adapters.trainer.samples import Sample, unrewarded
 from azr_async.algorithm.losses import entropy
-from azr_async.algorithm.packing import padded
+from azr_async.algorithm.packing import SHARED_ROW_TOKENS, padded
+from azr_async.errors import TrainingError
 
 Row = Sequence[Sample]
 """Samples with the same prompt: on the device the prompt once, then their completions one after the other."""
 
-SHARING_TOLERANCE: Final = 0.05
-"""Nats; rounding of bfloat16 stays below, a model that sees the other completions does not."""
+SAME_NATS: Final = 0.05
+"""Rounding of bfloat16 stays below, a model that computes something else does not."""
 
 _PADDING: Final = -1
+_ANSWERS: Final = [
+    unrewarded(np.array([1, 2, 3, *ending], np.int32), prompt_length=3) for ending in ([4, 5], [6, 7, 2])
+]
+"""Two completions of one prompt, to try a model with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,13 +112,34 @@ def chunk_of(rows: Sequence[Row], device: torch.device) -> Chunk:
     )
 
 
+def refuse_unknown_head(policy: TokenPolicy, device: torch.device) -> None:
+    """Raise TrainingError when the model does more to its logits than its output layer: then ours would be others."""
+    chunk = chunk_of([[answer] for answer in _ANSWERS], device)
+    model: Any = policy.model
+    with torch.no_grad():
+        ours, _ = policy(chunk)
+        logits_NV = model(input_ids=chunk.ids_BT, use_cache=False).logits.flatten(0, 1).index_select(0, chunk.place_N)
+    theirs = -functional.cross_entropy(logits_NV.float(), chunk.target_N, reduction="none")
+    if not (ours - theirs).abs().max() < SAME_NATS:
+        raise TrainingError(
+            f"{type(model).__name__} changes its logits after its output layer (a cap or a scale), which the learner "
+            "does not support. Choose a model of another architecture, such as Qwen or Llama."
+        )
+
+
 def can_share(policy: TokenPolicy, device: torch.device) -> bool:
     """Try it: does this architecture keep completions of one row apart? Not all take a mask of one's own."""
-    answers = [unrewarded(np.array([1, 2, 3, *ending], np.int32), prompt_length=3) for ending in ([4, 5], [6, 7, 2])]
-    with torch.no_grad():
-        shared, _ = policy(chunk_of([answers], device))
-        alone, _ = policy(chunk_of([[answer] for answer in answers], device))
-    return bool((shared - alone).abs().max() < SHARING_TOLERANCE)
+    model: Any = policy.model
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and window < SHARED_ROW_TOKENS:
+        return False
+    try:
+        with torch.no_grad():
+            shared, _ = policy(chunk_of([_ANSWERS], device))
+            alone, _ = policy(chunk_of([[answer] for answer in _ANSWERS], device))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return bool((shared - alone).abs().max() < SAME_NATS)
 
 
 def _row_ids(row: Row) -> NDArray[np.int32]:

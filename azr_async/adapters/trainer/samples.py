@@ -1,15 +1,16 @@
 """From rollouts to training samples: what must not be trained, what each rollout earned, what it weighs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from azr_async.algorithm.credit import CellStats, shuffled_within_cells, task_relative_advantages, token_weights
+from azr_async.algorithm.staleness import check_lag, lag_of
 from azr_async.config import Config
 from azr_async.errors import TrainingError
-from azr_async.messages import Cell, Role, Rollout, RolloutBatch, cell_name
+from azr_async.messages import Cell, RolloutBatch, cell_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +47,12 @@ def unrewarded(token_ids: NDArray[np.int32], *, prompt_length: int = 1) -> Sampl
     )
 
 
-def refuse_unfit(batch: RolloutBatch, version: int, config: Config) -> None:
-    """Raise TrainingError when the learner at `version` must not be trained on `batch`."""
+def checked_lags(batch: RolloutBatch, version: int, config: Config) -> list[int]:
+    """[n] age of each rollout's oldest trained token, in steps.
+
+    Raises:
+        TrainingError: the learner at `version` must not be trained on `batch`.
+    """
     max_lag, learner = config.flow.max_lag, config.learner
     if learner.objective == "none" and max_lag > 0 and not learner.allow_uncorrected:
         raise TrainingError(
@@ -62,7 +67,14 @@ def refuse_unfit(batch: RolloutBatch, version: int, config: Config) -> None:
     if not batch.rollouts:
         raise TrainingError(f"the batch for version {version} is empty. Look at the end of the selfplay log.")
     for rollout in batch.rollouts:
-        _refuse_rollout(rollout, version, max_lag)
+        if not 0 < rollout.prompt_length < len(rollout.token_ids) or rollout.token_version[-1] < 0:
+            raise TrainingError(
+                f"rollout {rollout.rollout_id} ({cell_name((rollout.role, rollout.task))}) has {rollout.prompt_length} "
+                f"prompt tokens of {len(rollout.token_ids)}, so there is nothing to train on. "
+                "Self-play must not send it: report this with the selfplay log."
+            )
+    check_lag(batch.rollouts, version=version, max_lag=max_lag)
+    return [lag_of(rollout, version) for rollout in batch.rollouts]
 
 
 def credited(batch: RolloutBatch, config: Config) -> tuple[list[list[Sample]], dict[Cell, CellStats]]:
@@ -73,12 +85,15 @@ def credited(batch: RolloutBatch, config: Config) -> tuple[list[list[Sample]], d
     rollouts, learner = batch.rollouts, config.learner
     cells: list[Cell] = [(rollout.role, rollout.task) for rollout in rollouts]
     rewards = np.array([rollout.reward for rollout in rollouts])
-    lengths = np.array([len(rollout.token_ids) - rollout.prompt_length for rollout in rollouts])
+    prompt_lengths = [rollout.prompt_length for rollout in rollouts]
+    lengths = np.array([len(rollout.token_ids) for rollout in rollouts]) - prompt_lengths
     seed = (config.run.seed, batch.version)
     if config.control.shuffle_rewards:
         rewards = shuffled_within_cells(rewards, cells, seed)
     advantages, stats = task_relative_advantages(rewards, lengths, cells, learner.normalise)
     emphasis = {cell: learner.propose_weight for cell in set(cells) if cell[0] == "propose"}
+    # Greedy samples (temperature 0) are scored at 1.
+    temperature = {"propose": config.propose.temperature or 1.0, "solve": config.solve.temperature or 1.0}
     parts = []
     for members in _parts(len(rollouts), learner.minibatches, seed):
         weights = token_weights(
@@ -90,28 +105,19 @@ def credited(batch: RolloutBatch, config: Config) -> tuple[list[list[Sample]], d
         )
         parts.append(
             [
-                _sample(rollouts[member], float(advantages[member]), float(weight), temperatures(config))
+                Sample(
+                    token_ids=rollouts[member].token_ids,
+                    behavior_logp=rollouts[member].behavior_logp,
+                    token_version=rollouts[member].token_version,
+                    prompt_length=prompt_lengths[member],
+                    advantage=float(advantages[member]),
+                    weight=float(weight),
+                    temperature=temperature[rollouts[member].role],
+                )
                 for member, weight in zip(members, weights, strict=True)
             ]
         )
     return parts, stats
-
-
-def temperatures(config: Config) -> dict[Role, float]:
-    """Sampling temperature of each role; greedy samples (0) are scored at 1."""
-    return {"propose": config.propose.temperature or 1.0, "solve": config.solve.temperature or 1.0}
-
-
-def _sample(rollout: Rollout, advantage: float, weight: float, temperature: Mapping[Role, float]) -> Sample:
-    return Sample(
-        token_ids=rollout.token_ids,
-        behavior_logp=rollout.behavior_logp,
-        token_version=rollout.token_version,
-        prompt_length=rollout.prompt_length,
-        advantage=advantage,
-        weight=weight,
-        temperature=temperature[rollout.role],
-    )
 
 
 def _parts(count: int, minibatches: int, seed: Sequence[int]) -> list[NDArray[np.intp]]:
@@ -119,23 +125,3 @@ def _parts(count: int, minibatches: int, seed: Sequence[int]) -> list[NDArray[np
         return [np.arange(count)]
     order = np.random.default_rng(list(seed)).permutation(count)
     return [part for part in np.array_split(order, minibatches) if len(part)]
-
-
-def _refuse_rollout(rollout: Rollout, version: int, max_lag: int) -> None:
-    name = f"rollout {rollout.rollout_id} ({cell_name((rollout.role, rollout.task))})"
-    if not 0 < rollout.prompt_length < len(rollout.token_ids):
-        raise TrainingError(
-            f"{name} has {rollout.prompt_length} prompt tokens of {len(rollout.token_ids)}: nothing to train on. "
-            "Self-play must not send it; report it with the selfplay log."
-        )
-    oldest, newest = rollout.oldest_version, int(rollout.token_version.max())
-    if version - oldest > max_lag:
-        raise TrainingError(
-            f"{name} holds a token of version {oldest}, {version - oldest} steps old at version {version}, but "
-            f"flow.max_lag = {max_lag}. Self-play must drop it: report this; or allow it with a larger flow.max_lag."
-        )
-    if newest > version:
-        raise TrainingError(
-            f"{name} holds a token of version {newest}, but the learner is at version {version}: an engine counts "
-            "versions wrongly. Look at its inference log."
-        )

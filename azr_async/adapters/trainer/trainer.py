@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 
 from azr_async.adapters.trainer.optimizer import adamw, flat_state, restore_state, warm_up
-from azr_async.adapters.trainer.policy import Chunk, TokenPolicy, can_share, chunk_of, row_tokens
-from azr_async.adapters.trainer.samples import Sample, credited, refuse_unfit, unrewarded
+from azr_async.adapters.trainer.policy import Chunk, TokenPolicy, can_share, chunk_of, refuse_unknown_head, row_tokens
+from azr_async.adapters.trainer.samples import Sample, checked_lags, credited, unrewarded
 from azr_async.algorithm import losses
 from azr_async.algorithm.credit import CellStats
 from azr_async.algorithm.packing import pack, shared_rows, waste
@@ -60,9 +60,22 @@ class StepReport:
     """All tokens in the normaliser, also those of samples without advantage, which need not be computed."""
     trained_samples: int
     computed_samples: int
+    computed_tokens: int
+    """With prompts and padding; a shared prompt counts once."""
     padding: float
     """Share of the computed tokens that is padding."""
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """What one update computes; all but `chunks` is of all ranks together."""
+
+    chunks: Sequence[Chunk]
+    """This rank's micro-batches, at least one."""
+    samples: int
+    tokens: int
+    padding: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +113,7 @@ class Trainer:
         self._optimizer = adamw(self._policy, learner)
         is_alone = accelerator.num_processes == 1
         self._parallel: Any = accelerator.prepare_model(self._policy, evaluation_mode=is_alone)
+        refuse_unknown_head(self._policy, self.device)
         self._is_sharing = learner.share_prompts and can_share(self._policy, self.device)
         if learner.share_prompts and not self._is_sharing:
             log.warning("this architecture cannot share a prompt among completions; each gets a row of its own")
@@ -116,16 +130,15 @@ class Trainer:
         trained on or when the loss or the gradient is not finite.
         """
         started = time.perf_counter()
-        refuse_unfit(batch, self.version, self._config)
+        lag_n = checked_lags(batch, self.version, self._config)
         parts, cells = credited(batch, self._config)
         learning_rate = warm_up(self._optimizer, self._config.learner, self.version)
         plans = [self._plan(part) for part in parts]
-        proximal = [self._recomputed(chunks) for chunks, _, _ in plans]
-        updates = [self._update(chunks, logp) for (chunks, _, _), logp in zip(plans, proximal, strict=True)]
+        proximal = [self._recomputed(plan.chunks) for plan in plans]
+        updates = [self._update(plan.chunks, logp) for plan, logp in zip(plans, proximal, strict=True)]
         self.version += 1
         total = {name: sum(update.measures[name] for update in updates) for name in losses.MEASURES}
         tokens = max(total["tokens"], 1.0)
-        lag_n = [batch.version - rollout.oldest_version for rollout in batch.rollouts]
         return StepReport(
             version=self.version,
             loss=_mean([update.loss for update in updates]),
@@ -142,8 +155,9 @@ class Trainer:
             cells=cells,
             trained_tokens=sum(sample.trained_tokens for part in parts for sample in part),
             trained_samples=len(batch.rollouts),
-            computed_samples=sum(count for _, count, _ in plans),
-            padding=_mean([padding for _, _, padding in plans]),
+            computed_samples=sum(plan.samples for plan in plans),
+            computed_tokens=sum(plan.tokens for plan in plans),
+            padding=_mean([plan.padding for plan in plans]),
             seconds=time.perf_counter() - started,
         )
 
@@ -167,18 +181,22 @@ class Trainer:
         """Take up `optimizer_state` again. Raises TrainingError when it is that of another model."""
         restore_state(self._optimizer, self._policy.model, flat)
 
-    def _plan(self, samples: Sequence[Sample]) -> tuple[list[Chunk], int, float]:
-        """This rank's micro-batches, at least one; how many samples are computed, and the padding, on all ranks."""
-        device, learner = self.device, self._config.learner
+    def _plan(self, samples: Sequence[Sample]) -> _Plan:
+        learner = self._config.learner
         busy = [sample for sample in samples if learner.entropy_weight or not sample.is_idle]
         rows = self._rows(busy)
         lengths = [row_tokens(row) for row in rows]
         plan = pack(lengths, limit_tokens=learner.microbatch_tokens, ranks=self._accelerator.num_processes)
         mine = plan[self._accelerator.process_index]
-        chunks = [chunk_of([rows[member] for member in microbatch.members], device) for microbatch in mine]
+        chunks = [chunk_of([rows[member] for member in microbatch.members], self.device) for microbatch in mine]
         # A rank without work still has to take part in the reduction of the gradients.
-        idle = unrewarded(np.zeros(2, np.int32))
-        return chunks or [chunk_of([[idle]], device)], len(busy), waste(plan, lengths)
+        idle = [unrewarded(np.zeros(2, np.int32))]
+        return _Plan(
+            chunks=chunks or [chunk_of([idle], self.device)],
+            samples=len(busy),
+            tokens=sum(microbatch.padded_tokens for microbatches in plan for microbatch in microbatches),
+            padding=waste(plan, lengths),
+        )
 
     def _rows(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         if not self._is_sharing:

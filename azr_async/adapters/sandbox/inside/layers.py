@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from functools import partial
 from typing import Final, TypedDict
 
 from azr_async.adapters.sandbox.inside import kernel
@@ -100,15 +101,20 @@ def _leave_namespaces() -> str:
     """New namespaces, preferably as nobody and with a user namespace; as root without one where that is refused."""
     kinds = dict(kernel.NAMESPACES)
     if os.geteuid() == 0:
-        if _works_in_a_fork(lambda: (_setuid_nobody(), _unshare(kinds))):
+        if _works_in_a_fork(partial(_unshare_as_nobody, kinds)):
             _setuid_nobody()
         else:
             del kinds["user"]
-    if not _works_in_a_fork(lambda: _unshare(kinds)):
+    if not _works_in_a_fork(partial(_unshare, kinds)):
         kernel.unshare(kernel.NAMESPACES["user"])  # says why not
         raise Ineffective("cannot be used together")
     _unshare(kinds)
     return " ".join(sorted(kinds))
+
+
+def _unshare_as_nobody(kinds: dict[str, int]) -> None:
+    _setuid_nobody()
+    _unshare(kinds)
 
 
 def _unshare(kinds: dict[str, int]) -> None:
@@ -141,7 +147,7 @@ def _write_file(path: str, text: str) -> None:
         os.close(fd)
 
 
-def _works_in_a_fork(attempt: Callable[[], object]) -> bool:
+def _works_in_a_fork(attempt: Callable[[], None]) -> bool:
     child = os.fork()
     if child == 0:
         status = 1

@@ -19,6 +19,7 @@ from typing import Final
 
 from azr_async.adapters.sandbox.inside import layers
 from azr_async.adapters.sandbox.inside.canaries import CANARY, attempts
+from azr_async.adapters.sandbox.inside.clock import shift_clock
 from azr_async.adapters.sandbox.inside.program import Namespace, builtin_names, claims
 from azr_async.adapters.sandbox.inside.wire import ORDER, REPORT, read_frame, split_parts, write_frame
 
@@ -30,6 +31,8 @@ _CODECS: Final = """
     idna ascii latin_1 utf_16 utf_32 unicode_escape raw_unicode_escape hex_codec rot_13 cp1252 cp437 shift_jis gbk big5
     euc_jp euc_kr koi8_r iso8859_15
 """
+_IMPORTED_LATE: Final = ("collections.abc", "heapq", "inspect", "math", "stringprep", "unicodedata", "weakref")
+"""Modules that the standard library imports only when some function is called; a child could not open them."""
 
 _WARM_UP: Final = """
 import math
@@ -53,6 +56,8 @@ def f(x, y=None):
 
 def main(options: layers.Options) -> None:
     """Serve until the pool closes its end."""
+    if options["flavour"] == 1:
+        shift_clock()
     _import_what_programs_may_use(options["allowed_imports"])
     names = builtin_names(frozenset(options["allowed_imports"]))
     report = layers.confine(options, filter_name="ZYGOTE")
@@ -123,7 +128,8 @@ def _import_what_programs_may_use(allowed_imports: list[str]) -> None:
     # threading, random and logging ask to be run at every fork: half a millisecond that nobody here needs.
     os.register_at_fork = lambda **hooks: None
     codecs = [f"encodings.{codec}" for codec in _CODECS.split()]
-    for name in [*allowed_imports, *codecs, "stringprep", "unicodedata", "math", "collections"]:
+    dates = ["_strptime"] if {"time", "datetime"} & set(allowed_imports) else []
+    for name in [*allowed_imports, *codecs, *dates, *_IMPORTED_LATE]:
         __import__(name)
     for name in ("settrace", "setprofile", "_current_frames"):
         delattr(sys, name)  # with these a program could follow the code that writes its result
