@@ -491,6 +491,14 @@ class Config(Section):
                 f"{self.solve.trained_attempts}, so a step could not be filled exactly. "
                 f"Use {max(1, whole_groups) * self.solve.trained_attempts}."
             )
+        # Fewer would fill the solvers' window with old groups until no proposal may start: the step would never fill.
+        needed = self.flow.propose_samples * self.solve.trained_attempts
+        if self.flow.solve_samples < needed:
+            yield (
+                f"flow.solve_samples = {self.flow.solve_samples} has no room for solve.trained_attempts = "
+                f"{self.solve.trained_attempts} of flow.propose_samples = {self.flow.propose_samples} new tasks. "
+                f"Raise flow.solve_samples to {needed}, or lower one of the others."
+            )
         if self.library.seed_tasks > self.library.capacity:
             yield (
                 f"library.seed_tasks = {self.library.seed_tasks} exceed library.capacity = {self.library.capacity}. "

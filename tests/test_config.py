@@ -84,6 +84,7 @@ def test_the_asynchronous_preset_differs_from_the_published_run_where_it_says() 
     assert different == {
         "run.name": "azr-async-7b",
         "flow.max_lag": 4,
+        "flow.solve_samples": 512,
         "solve.trained_attempts": 8,
         "learner.dual_clip": 3.0,
     }
@@ -122,6 +123,7 @@ def test_every_setting_says_what_it_takes() -> None:
         ({"learner": {"objective": "none"}}, "set flow.max_lag to 0"),
         ({"engine": {"context_tokens": 32}}, "Raise engine.context_tokens"),
         ({"flow": {"solve_samples": 100}}, "Use 96"),
+        ({"flow": {"solve_samples": 32}}, "Raise flow.solve_samples to 64"),
         ({"solve": {"trained_attempts": 9}}, "Lower trained_attempts to 8"),
         ({"library": {"capacity": 3}}, "Raise the capacity"),
         ({"flow": {"tasks": ["induction"]}}, "Add deduction or abduction"),

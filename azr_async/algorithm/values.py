@@ -14,6 +14,7 @@ processes that run untrusted programs use this module too.
 
 import json
 import math
+from collections.abc import Callable
 from json.encoder import encode_basestring_ascii
 from typing import Any, Final, NamedTuple
 
@@ -21,6 +22,8 @@ MAX_DEPTH: Final = 64
 MAX_NODES: Final = 100_000
 MAX_INTEGER_BITS: Final = 14_284
 """Python writes and reads integers of at most 4,300 decimal digits."""
+
+_SINGLE: Final[dict[bool | None, str]] = {None: "null", True: "true", False: "false"}
 
 Tree = Any
 """What `json.loads` gives: None, bool, int, float, str, list, dict."""
@@ -47,12 +50,12 @@ class Reading(NamedTuple):
 
 def encode(value: object) -> str:
     """Canonical text: equal values, and only they, give equal texts. Raises Unanswerable or TooLarge."""
-    return _canonical(_tree(value, _Budget(), depth=0, is_key=False))
+    return _Writer(is_sorted=True).write(value)
 
 
 def encode_in_order(value: object) -> str:
     """The same without sorting: dicts keep their order, sets are in any. For a process whose word `read` checks."""
-    return _dump(_tree(value, _Budget(), depth=0, is_key=False))
+    return _Writer(is_sorted=False).write(value)
 
 
 def decode(text: str) -> object:
@@ -71,7 +74,7 @@ def read(text: str) -> Reading:
 
 def literal(value: object) -> str:
     """Python source text of a plain value; the same in every process, because sets are written sorted."""
-    return _literal(_tree(value, _Budget(), depth=0, is_key=False))
+    return read(encode_in_order(value)).literal
 
 
 def equal(first: str, second: str, relative_tolerance: float = 0.0) -> bool:
@@ -85,7 +88,7 @@ def equal(first: str, second: str, relative_tolerance: float = 0.0) -> bool:
     return _close(_checked(_load(first)), _checked(_load(second)), relative_tolerance)
 
 
-# ---------------------------------------------------------------- value -> tree
+# ---------------------------------------------------------------- value -> text
 
 
 class _Budget:
@@ -102,45 +105,59 @@ class _Budget:
             raise TooLarge(f"more than {MAX_NODES} parts")
 
 
-def _tree(value: Plain, budget: _Budget, *, depth: int, is_key: bool) -> Tree:
-    budget.spend(depth)
-    kind = type(value)
-    if value is None or kind is bool or kind is str:
-        return value
-    if kind is int:
-        if value.bit_length() > MAX_INTEGER_BITS:
-            raise TooLarge("an integer of more than 4300 digits")
-        return value
-    if kind is float:
-        return _float_tree(value, is_key=is_key)
-    if kind is bytes:
-        return {"b": value.hex()}
-    if kind is complex:
-        return {"c": [_complex_part(value.real), _complex_part(value.imag)]}
-    deeper = depth + 1
-    if kind is list:
-        return [_tree(item, budget, depth=deeper, is_key=False) for item in value]
-    if kind is dict:
-        return {
-            "d": [
-                [_tree(key, budget, depth=deeper, is_key=True), _tree(item, budget, depth=deeper, is_key=False)]
-                for key, item in value.items()
+class _Writer:
+    """Writes one value as JSON text."""
+
+    def __init__(self, *, is_sorted: bool) -> None:
+        self._order: Callable[[list[str]], list[str]] = sorted if is_sorted else list
+        self._budget = _Budget()
+
+    def write(self, value: Plain, depth: int = 0, *, is_key: bool = False) -> str:
+        self._budget.spend(depth)
+        kind = type(value)
+        if kind is str:
+            return encode_basestring_ascii(value)
+        if kind is int:
+            return _integer(value)
+        if kind is list:
+            return f"[{','.join([self.write(item, depth + 1) for item in value])}]"
+        if value is None or kind is bool:
+            return _SINGLE[value]
+        if kind is float:
+            return _float(value, is_key=is_key)
+        if kind is bytes:
+            return f'{{"b":"{value.hex()}"}}'
+        if kind is complex:
+            return f'{{"c":[{_complex_part(value.real)!r},{_complex_part(value.imag)!r}]}}'
+        return self._write_container(value, depth + 1, is_key=is_key)
+
+    def _write_container(self, value: Plain, depth: int, *, is_key: bool) -> str:
+        kind = type(value)
+        if kind is tuple:
+            return f'{{"t":[{",".join([self.write(item, depth, is_key=is_key) for item in value])}]}}'
+        if kind is dict:
+            entries = [
+                f"[{self.write(key, depth, is_key=True)},{self.write(item, depth)}]" for key, item in value.items()
             ]
-        }
-    if kind is tuple:
-        return {"t": [_tree(item, budget, depth=deeper, is_key=is_key) for item in value]}
-    if kind is set or kind is frozenset:
-        tag = "s" if kind is set else "z"
-        return {tag: [_tree(item, budget, depth=deeper, is_key=True) for item in value]}
-    raise Unanswerable(f"a {kind.__name__[:80]} is not plain data")
+            return f'{{"d":[{",".join(self._order(entries))}]}}'
+        if kind is set or kind is frozenset:
+            members = self._order([self.write(item, depth, is_key=True) for item in value])
+            return f'{{"{"s" if kind is set else "z"}":[{",".join(members)}]}}'
+        raise Unanswerable(f"a {kind.__name__[:80]} is not plain data")
 
 
-def _float_tree(value: float, *, is_key: bool) -> Tree:
+def _integer(value: int) -> str:
+    if value.bit_length() > MAX_INTEGER_BITS:
+        raise TooLarge("an integer of more than 4300 digits")
+    return repr(value)
+
+
+def _float(value: float, *, is_key: bool) -> str:
     if math.isfinite(value):
-        return value
+        return repr(value)
     if is_key and value != value:
         raise Unanswerable("NaN as a member of a set or a key of a dict")
-    return {"f": repr(value)}
+    return f'{{"f":"{value!r}"}}'
 
 
 def _complex_part(part: float) -> float:
@@ -219,8 +236,6 @@ def _check_tagged(tag: str, content: Tree, budget: _Budget, *, depth: int, is_ke
 
 # ---------------------------------------------------------------- checked tree -> text, value
 
-_dump: Final = json.JSONEncoder(allow_nan=False, check_circular=False, separators=(",", ":")).encode
-
 
 def _canonical(tree: Tree) -> str:
     if isinstance(tree, str):
@@ -228,11 +243,11 @@ def _canonical(tree: Tree) -> str:
     if isinstance(tree, list):
         return f"[{','.join(map(_canonical, tree))}]"
     if not isinstance(tree, dict):
-        return _dump(tree)
+        return _SINGLE[tree] if tree is None or isinstance(tree, bool) else repr(tree)
     ((tag, content),) = tree.items()
     if tag == "d":
-        entries = sorted((_canonical(key), _canonical(item)) for key, item in content)
-        return f'{{"d":[{",".join(f"[{key},{item}]" for key, item in entries)}]}}'
+        entries = sorted(f"[{_canonical(key)},{_canonical(item)}]" for key, item in content)
+        return f'{{"d":[{",".join(entries)}]}}'
     if tag in "sz":
         return f'{{"{tag}":[{",".join(sorted(map(_canonical, content)))}]}}'
     return f'{{"{tag}":{_canonical(content)}}}'

@@ -21,7 +21,7 @@ from azr_async.config import Config
 from azr_async.errors import AzrError, ConfigError
 from azr_async.programs import launcher, preflight
 from azr_async.programs.settings_help import expected, print_help, setting_names
-from azr_async.programs.wiring import CONFIG_FILE, EXIT_DONE, EXIT_FAILED, EXIT_USAGE
+from azr_async.programs.wiring import CONFIG_FILE, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 
 SHORT_NAMES: Final[Mapping[str, str]] = {
     "--inference-gpus": "placement.inference_gpus",
@@ -71,6 +71,8 @@ def main(arguments: Sequence[str], *, env: Mapping[str, str]) -> int:
     except AzrError as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+    except KeyboardInterrupt:  # before the programs were started; from then on the launcher listens
+        return EXIT_INTERRUPTED
 
 
 def parse(arguments: Sequence[str]) -> Request:

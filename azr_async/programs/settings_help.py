@@ -15,7 +15,7 @@ EXAMPLES: Final = (
     ("the same, synchronous, shorter, another seed", "python run.py --max-lag 0 --steps 40 --seed 3"),
     ("asynchronous Absolute Zero of a 7B model on eight GPUs", "python run.py --config configs/azr-async-7b.yaml"),
     ("look before you start: settings and placement", "python run.py --inference-gpus 4 --train-gpus 4 --dry-run"),
-    ("any setting by its name", "python run.py --learner.objective cispo --flow.solve-samples 64"),
+    ("any setting by its name", "python run.py --learner.objective cispo --solve.attempts 16"),
 )
 
 PLAIN: Final = (

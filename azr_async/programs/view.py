@@ -74,6 +74,13 @@ class View:
 
     def redraw(self) -> None:
         """Show the state as it is now."""
+        try:
+            self._redraw()
+        except SystemExit:
+            # rich wants to leave when nobody reads the output any more; the run is worth more than its view.
+            self._console.quiet = True
+
+    def _redraw(self) -> None:
         if self._live is not None:
             self._state.new_lines.clear()
             self._live.update(panel(self._state, time.monotonic() - self._started_at), refresh=True)
@@ -189,7 +196,7 @@ def _programs(state: ViewState) -> Table:
     table = Table.grid(padding=(0, 3))
     colours = {"running": "green", "starting": "yellow", "failed": "red", "ended": "dim"}
     for name, status in state.processes.items():
-        progress = state.phases.get(name)
+        progress = state.phases.get(name) if status in ("starting", "running") else None
         table.add_row(name, Text(status, style=colours.get(status, "")), phase_text(progress) if progress else "")
     return table
 

@@ -133,15 +133,20 @@ def _reference(random: Random, task: Task) -> Problem:
 
 
 def _wrong(random: Random, problem: Problem, answer: str) -> str:
-    """An answer as bad habits give it. By chance it can still be right (an echo through `sorted`, say)."""
-    if random.random() < _BROKEN_SHARE:
-        return answer.replace("return ", "return (", 1) if problem.task == "induction" else answer[:-1] + ")"
+    """An answer as bad habits give it: lazy, an echo, or broken where being lazy would be right."""
     first = problem.pairs[0]
     if problem.task == "deduction":
-        return _without_last_statement(problem.program, first.input)
-    if problem.task == "abduction":
-        return first.output
-    return _without_first_statement(problem.program)
+        lazy = _without_last_statement(problem.program, first.input)
+        is_right = lazy == first.output
+    elif problem.task == "abduction":
+        lazy = first.output
+        is_right = run(problem.program, lazy) == first.output
+    else:
+        lazy = _without_first_statement(problem.program)
+        is_right = all(run(lazy, pair.input) == pair.output for pair in problem.pairs)
+    if is_right or random.random() < _BROKEN_SHARE:
+        return answer.replace("return ", "return (", 1) if problem.task == "induction" else answer[:-1] + ")"
+    return lazy
 
 
 def _without_first_statement(program: str) -> str:

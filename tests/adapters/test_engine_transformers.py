@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 from azr_async.adapters.engine_transformers import EmbeddedEngine
 from azr_async.errors import EngineError, WeightsError
@@ -96,7 +104,7 @@ def test_a_nucleus_raises_the_logp_of_what_it_keeps() -> None:
 
 
 def test_an_answer_ends_at_the_end_token_which_is_recorded_but_not_shown() -> None:
-    done = run(an_engine(context_tokens=250), a_job(samples=64, max_tokens=200))
+    done = run(an_engine(context_tokens=250), a_job(samples=24, max_tokens=200))
     ended = [completion for completion in done.values() if completion.finish == "stop"]
     assert ended
     for completion in ended:
@@ -130,9 +138,9 @@ def test_special_tokens_show_only_when_asked_for() -> None:
     model = random_model("qwen2-untied")
     with torch.no_grad():
         model.lm_head.weight.zero_()  # every token equally likely, so `<pad>` comes up
-    hidden = run(an_engine(model), a_job(samples=64, max_tokens=60))
+    hidden = run(an_engine(model), a_job(samples=24, max_tokens=60))
     shown = run(
-        an_engine(model), a_job(samples=64, max_tokens=60, prompt=Prompt(text="hello", keep_special_tokens=True))
+        an_engine(model), a_job(samples=24, max_tokens=60, prompt=Prompt(text="hello", keep_special_tokens=True))
     )
     assert not any("<pad>" in completion.text for completion in hidden.values())
     assert any("<pad>" in completion.text for completion in shown.values())
@@ -298,3 +306,22 @@ def test_a_sliding_window_shorter_than_the_context_is_refused() -> None:
     with pytest.raises(EngineError, match=r"Lower engine.context_tokens to 16"):
         an_engine(MistralForCausalLM(config))
     run(an_engine(MistralForCausalLM(config), context_tokens=16), a_job(max_tokens=4))
+
+
+def test_a_model_with_learned_positions_is_served_as_well() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=96)).eval()
+    for completion in run(an_engine(model), *a_crowd()).values():
+        assert_allclose(completion.behavior_logp, full_pass_logp(model, completion), atol=1e-4)
+
+
+def test_a_model_without_keys_and_values_is_refused_by_name() -> None:
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1)
+    with pytest.raises(EngineError, match=r"MambaForCausalLM .* Choose"):
+        an_engine(MambaForCausalLM(config))
+
+
+def test_bfloat16_stays_near_a_full_forward_pass() -> None:
+    model = random_model("llama-tied").bfloat16()
+    for completion in run(an_engine(model), *a_crowd()).values():
+        assert_allclose(completion.behavior_logp, full_pass_logp(model, completion), atol=0.3)

@@ -221,7 +221,7 @@ def run_ranks(folder: Path, count: int) -> list[list[list[dict[str, float]]]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
 
-def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
+def test_two_ranks_do_what_one_does_and_name_the_loss_of_one(tmp_path: Path) -> None:
     first, second = run_ranks(tmp_path, 2)
     assert first == second
     for index, measured in enumerate(first):
@@ -232,6 +232,9 @@ def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
             weights = load_file(tmp_path / f"{rank}-{index}.safetensors")
             for name in expected_weights:
                 torch.testing.assert_close(weights[name], expected_weights[name], rtol=1e-3, atol=5e-5)
+    complaint = (tmp_path / "complaint.txt").read_text()
+    assert "rank 0 of the learner lost the other ranks" in complaint
+    assert "learner-<rank> logs" in complaint
 
 
 # ---------------------------------------------------------------- what is refused

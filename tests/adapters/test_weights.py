@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from azr_async.adapters.weights import WeightGroup, connect_store, host_store
-from azr_async.adapters.weights.buckets import Bucket, packed, unpacked
+from azr_async.adapters.weights.buckets import MAGIC, Bucket, checked_header, packed, unpacked
 from azr_async.errors import ConfigError, WeightsError
 
 CPU = torch.device("cpu")
@@ -122,7 +122,7 @@ def test_a_rank_that_does_not_join_is_named() -> None:
     store = host_store("127.0.0.1", 0)
     with process(receiver, store.port, 1, 3, 1, 1.0) as first:
         with pytest.raises(WeightsError, match=r"was not joined by rank 2"):
-            a_group(store, 0, 3, deadline_seconds=6.0)
+            a_group(store, 0, 3, deadline_seconds=3.0)
         assert "was not joined by rank" in str(answer(first))
 
 
@@ -250,3 +250,12 @@ def test_a_damaged_buffer_is_refused_or_read_but_never_crashes(data: some.DataOb
     bytes_N[place : place + len(noise)] = torch.frombuffer(bytearray(noise), dtype=torch.uint8)
     with suppress(WeightsError):
         list(unpacked(Bucket(bytes_N, bucket.manifest_bytes)))
+
+
+@given(header=some.lists(some.integers(-(2**63), 2**63 - 1), min_size=4, max_size=4), begins_well=some.booleans())
+def test_a_header_is_refused_before_its_bytes_are_allocated(header: list[int], begins_well: bool) -> None:
+    with suppress(WeightsError):
+        version, manifest_bytes, total_bytes = checked_header([MAGIC, *header[1:]] if begins_well else header)
+        assert version >= 0
+        assert 0 <= manifest_bytes <= 2**24
+        assert manifest_bytes <= total_bytes <= 2**36

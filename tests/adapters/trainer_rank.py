@@ -4,6 +4,7 @@ Usage: python -m tests.adapters.trainer_rank RESULT_FOLDER, with RANK, WORLD_SIZ
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from azr_async.adapters.channels import wire
 from azr_async.adapters.trainer import Trainer, connect_ranks, share
 from azr_async.config import Config
+from azr_async.errors import PeerVanished
 from azr_async.messages import RolloutBatch
 from tests.random_models import random_model
 from tests.rollout_batches import random_batch
@@ -37,6 +39,13 @@ def main(folder: Path) -> None:
         save_file(weights, folder / f"{rank}-{index}.safetensors")
     assert share(b"", accelerator) == b""
     (folder / f"{rank}.json").write_text(json.dumps(reports), encoding="utf-8")
+    trainer = Trainer(random_model("qwen2-tied"), Config(), accelerator)
+    if rank == 1:
+        os._exit(0)  # dies without a word
+    try:
+        trainer.train(random_batch(0))
+    except PeerVanished as error:
+        (folder / "complaint.txt").write_text(str(error), encoding="utf-8")
 
 
 def trained(index: int, accelerator: Accelerator) -> tuple[list[dict[str, float]], dict[str, Tensor]]:

@@ -162,10 +162,10 @@ async def test_a_push_goes_between_two_tokens_of_running_sequences(place: Place)
         tasks.create_task(serve(Reporter(NAME), name=NAME, config=place.config, wires_dir=place.wires_dir))
         async with peers(place) as ends:
             group = await ends.join()
-            await ends.jobs.send(a_job(samples=64, max_tokens=190))
+            await ends.jobs.send(a_job(samples=16, max_tokens=190))
             first = await ends.completions(1)
             await ends.push(group, 5, 1)
-            rest = await ends.completions(64 - len(first))
+            rest = await ends.completions(16 - len(first))
             spans = [done.token_version.tolist() for done in rest]
             assert all(versions == sorted(versions) for versions in spans)
             assert any(set(versions) == {0, 1} for versions in spans)

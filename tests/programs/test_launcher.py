@@ -245,6 +245,14 @@ def test_a_program_that_never_reports_fails_the_start(start: Callable[..., Run],
     assert "learner-0 did not report within 1 s" in err
 
 
+def test_a_run_goes_on_when_nobody_reads_its_output(start: Callable[..., Run]) -> None:
+    run = start({"learner-0": "await asyncio.sleep(0.5)\n" + LEARN})
+    assert run.process.stdout is not None
+    run.process.stdout.close()
+    assert (run.process.wait(timeout=50), run.process.stderr and run.process.stderr.read()) == (0, "")
+    assert_nothing_is_left(run)
+
+
 def test_two_launchers_cannot_share_a_run_directory(tmp_path: Path) -> None:
     with claimed_run_dir(tmp_path, Config(), None), pytest.raises(Exception, match="another run is going on"):
         claimed_run_dir(tmp_path, Config(), None)

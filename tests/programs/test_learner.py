@@ -84,7 +84,9 @@ class Peers:
                         await replies.send(RolloutBatch(version=version, rollouts=batch.rollouts, stats=STATS))
                     case EvaluationRequest(version=version):
                         solved = (True, version > 0, False, True)
-                        await replies.send(EvaluationResult(version=version, tasks=TASKS, solved=solved))
+                        await replies.send(
+                            EvaluationResult(version=version, tasks=TASKS, solved=solved, valid={"deduction": 0.8})
+                        )
 
     async def worker(self) -> None:
         """Installs what is pushed into a real model and scores the canaries with it."""
@@ -209,8 +211,22 @@ async def test_a_run_trains_pushes_evaluates_and_writes_everything_down(tmp_path
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
     assert [line["version"] for line in lines] == [0, 1, 2, 3, 4, 5]
     assert [line["step"] for line in lines if "eval" in line] == [0, 2, 4, 5]
-    assert lines[0]["eval"] == {"deduction": 1.0, "abduction": 0.0, "induction": 1.0, "mean": 0.5, "n": 4}
-    assert lines[2]["eval"] == {"deduction": 1.0, "abduction": 0.5, "induction": 1.0, "mean": 0.75, "n": 4}
+    assert lines[0]["eval"] == {
+        "deduction": 1.0,
+        "abduction": 0.0,
+        "induction": 1.0,
+        "mean": 0.5,
+        "n": 4,
+        "valid": {"deduction": 0.8},
+    }
+    assert lines[2]["eval"] == {
+        "deduction": 1.0,
+        "abduction": 0.5,
+        "induction": 1.0,
+        "mean": 0.75,
+        "n": 4,
+        "valid": {"deduction": 0.8},
+    }
     assert [line["solved"] for line in lines_of(tmp_path, "evaluations.jsonl")] == [[1, 0, 0, 1], *[[1, 1, 0, 1]] * 3]
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
     assert [version for kind, version in peers.heard if kind == "PushWeights"] == [0, 1, 2, 3, 4, 5]

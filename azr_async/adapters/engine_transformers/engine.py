@@ -129,24 +129,16 @@ class EmbeddedEngine:
 
     def _sample(self) -> None:
         """Feed every running row's last token, draw its next one."""
-        count, rows, device = self._running, self._rows, self._forward.device
+        count, rows = self._running, self._rows
         cached_B = rows.length_S[:count] - 1
         logits_BV = self._forward.decode(rows.tokens_SC[np.arange(count), cached_B], cached_B, self._cache)
-        temperature_B, top_p_B = rows.temperature_S[:count], rows.top_p_S[:count]
-        logp_BV = sampled_logp(
-            logits_BV,
-            None if (temperature_B == 1).all() else torch.from_numpy(temperature_B).to(device),
-            None if (top_p_B >= 1).all() else torch.from_numpy(top_p_B).to(device),
-        )
-        uniform_B = uniforms(rows.key_S[:count], rows.length_S[:count] - rows.prompt_length_S[:count])
-        token_B = drawn(logp_BV, torch.from_numpy(uniform_B).to(device))
-        behavior_B = logp_BV.gather(1, token_B[:, None])[:, 0].cpu().numpy()
-        if not np.isfinite(behavior_B).all():
+        token_B, logp_B = _drawn_tokens(logits_BV, rows, count)
+        if not np.isfinite(logp_B).all():
             raise EngineError(
                 f"the model's weights of version {self.version} give log-probabilities that are not finite. "
                 "Lower learner.learning_rate or learner.clip_norm, and resume from a checkpoint before this version."
             )
-        rows.append_token(count, token_B.cpu().numpy(), behavior_B, self.version)
+        rows.append_token(count, token_B, logp_B, self.version)
         self.generated_tokens += count
 
     def _ended(self) -> EndedRows:
@@ -182,6 +174,20 @@ class EmbeddedEngine:
 
     def _longest_cached(self) -> int:
         return int(self._rows.length_S[: self._running].max(initial=1)) - 1
+
+
+def _drawn_tokens(logits_BV: Tensor, rows: Rows, count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The next token of each row by its own settings and random stream, and its behaviour logp in nats."""
+    device = logits_BV.device
+    temperature_B, top_p_B = rows.temperature_S[:count], rows.top_p_S[:count]
+    logp_BV = sampled_logp(
+        logits_BV,
+        None if (temperature_B == 1).all() else torch.from_numpy(temperature_B).to(device),
+        None if (top_p_B >= 1).all() else torch.from_numpy(top_p_B).to(device),
+    )
+    uniform_B = uniforms(rows.key_S[:count], rows.length_S[:count] - rows.prompt_length_S[:count])
+    token_B = drawn(logp_BV, torch.from_numpy(uniform_B).to(device))
+    return token_B.cpu().numpy(), logp_BV.gather(1, token_B[:, None])[:, 0].cpu().numpy()
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -1,6 +1,7 @@
 """The three ways in which the engine runs its model: prefill, one step of decoding, scoring."""
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from azr_async.adapters.engine_transformers.cache import SlotCache
 from azr_async.errors import EngineError
 
 Ids = NDArray[np.int32] | NDArray[np.int64]
+
+_LARGEST_TRIAL_ERROR: Final = 0.05
+"""In probability; bfloat16 stays below, a wrong mask or position does not."""
 
 
 class Forward:
@@ -62,31 +66,45 @@ class Forward:
     def empty_cache(self, *, slots: int, context_tokens: int) -> SlotCache:
         """The cache this model needs; found out by a trial, which also shows that the model works with it.
 
-        Raises EngineError when cached decoding does not give what a full forward pass gives.
+        Raises EngineError when it does not, or when cached decoding gives other probabilities than a full forward pass.
         """
-        longer = np.arange(min(9, context_tokens)) % int(self._model.config.get_text_config().vocab_size)
-        shorter = longer[::-1][: len(longer) // 2]
-        trial = [longer[:-1], shorter[:-1]]
-        contents = self.prefill(trial)
+        vocabulary = int(self._model.config.get_text_config().vocab_size)
+        longer = np.arange(min(9, context_tokens)) % vocabulary
+        trial = [longer, longer[::-1][: len(longer) // 2]]
+        try:
+            contents = self.prefill([ids[:-1] for ids in trial])
+            self._check_layers(contents)
+            cache = SlotCache(contents, slots=2, context_tokens=context_tokens)
+            cache.append(contents, torch.arange(2, device=self.device), len(longer) - 1, len(longer) - 1)
+            cached_B = np.array([len(ids) - 1 for ids in trial])
+            chances_BV = self.decode(np.array([ids[-1] for ids in trial]), cached_B, cache).float().softmax(-1)
+            plain_BV = torch.stack([self._model(input_ids=self._tensor(ids)[None]).logits[0, -1] for ids in trial])
+        except (ValueError, RuntimeError, TypeError, LookupError, AttributeError) as problem:
+            raise EngineError(
+                f"{type(self._model).__name__} does not work with the engine's key-value cache ({problem}). "
+                "Choose a causal model with full attention and position numbers, such as Qwen, Llama or Mistral."
+            ) from problem
+        worst = float((plain_BV.float().softmax(-1) - chances_BV).abs().max())
+        if worst > _LARGEST_TRIAL_ERROR:
+            raise EngineError(
+                f"{type(self._model).__name__} gives other probabilities with the engine's key-value cache than "
+                f"without (difference {worst:.3f}). Choose another model, such as Qwen, Llama or Mistral."
+            )
+        try:
+            return SlotCache(contents, slots=slots, context_tokens=context_tokens)
+        except RuntimeError as problem:
+            raise EngineError(
+                f"a key-value cache of {slots} x {context_tokens} tokens does not fit ({problem}). "
+                "Lower engine.slots or engine.context_tokens."
+            ) from problem
+
+    def _check_layers(self, contents: DynamicCache) -> None:
         layers = int(self._model.config.get_text_config().num_hidden_layers)
         if len(contents.layers) != layers:
             raise EngineError(
                 f"only {len(contents.layers)} of the model's {layers} layers keep keys and values per token. "
                 "The embedded engine serves causal models with full attention in every layer; choose such a model."
             )
-        cache = SlotCache(contents, slots=2, context_tokens=context_tokens)
-        cache.append(contents, torch.arange(2, device=self.device), len(trial[0]), len(trial[0]))
-        cached_B = np.array([len(ids) for ids in trial])
-        logp_BV = torch.log_softmax(self.decode(np.array([longer[-1], shorter[-1]]), cached_B, cache).float(), -1)
-        for row, ids in enumerate((longer, shorter)):
-            plain_V = torch.log_softmax(self._model(input_ids=self._tensor(ids)[None]).logits[0, -1].float(), -1)
-            worst = float((plain_V.exp() - logp_BV[row].exp()).abs().max())
-            if not worst < 0.05:
-                raise EngineError(
-                    f"{type(self._model).__name__} gives other probabilities with the engine's cache than without "
-                    f"(difference {worst:.3f}). It cannot be served by the embedded engine; choose another model."
-                )
-        return SlotCache(contents, slots=slots, context_tokens=context_tokens)
 
     def _right_aligned(self, sequences: Sequence[Ids]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, positions [P, T] and additive mask [P, 1, T, T]; padding comes first and sees only itself."""

@@ -1,6 +1,7 @@
 """The optimizer step on accelerate: a batch of rollouts in, weights one version further out."""
 
 from azr_async.adapters.trainer.ranks import connect_ranks, share
-from azr_async.adapters.trainer.trainer import StepReport, Trainer
+from azr_async.adapters.trainer.report import StepReport
+from azr_async.adapters.trainer.trainer import Trainer
 
 __all__ = ["StepReport", "Trainer", "connect_ranks", "share"]

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from azr_async.adapters.trainer.samples import Sample, unrewarded
 from azr_async.algorithm.losses import entropy
-from azr_async.algorithm.packing import SHARED_ROW_TOKENS, padded
+from azr_async.algorithm.packing import SHARED_ROW_TOKENS, padded, shared_rows
 from azr_async.errors import TrainingError
 
 Row = Sequence[Sample]
@@ -76,6 +76,16 @@ class TokenPolicy(nn.Module):
         logits_NV = body.get_output_embeddings()(hidden_NH).float() / chunk.temperature_N[:, None]
         logp_N = -functional.cross_entropy(logits_NV, chunk.target_N, reduction="none")
         return logp_N, entropy(logits_NV) if with_entropy else torch.zeros_like(logp_N)
+
+
+def rows_of(samples: Sequence[Sample], shared_tokens: int) -> list[list[Sample]]:
+    """Samples of the same prompt in one row, as long as it has at most `shared_tokens`; 0 shares nothing."""
+    indices = shared_rows(
+        [sample.token_ids[: sample.prompt_length] for sample in samples],
+        [sample.trained_tokens for sample in samples],
+        limit_tokens=shared_tokens,
+    )
+    return [[samples[index] for index in row] for row in indices]
 
 
 def row_tokens(row: Row) -> int:

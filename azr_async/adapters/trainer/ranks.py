@@ -1,5 +1,7 @@
 """The learner's ranks: how they find each other, and how all of them get the same batch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Final
 
@@ -29,7 +31,7 @@ def connect_ranks(config: Config) -> Accelerator:
             mixed_precision="bf16" if config.model.precision == "bfloat16" and not is_cpu else "no",
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(seconds=longest_seconds)),
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
     except distributed.DistError as error:
@@ -47,17 +49,27 @@ def share(payload: bytes, accelerator: Accelerator) -> bytes:
     if accelerator.num_processes == 1:
         return payload
     length = torch.tensor([len(payload)], dtype=torch.int64, device=accelerator.device)
-    try:
+    with lost_ranks_named(accelerator):
         distributed.broadcast(length, src=0)
         data = torch.zeros(int(length), dtype=torch.uint8)
-        if accelerator.is_main_process:
-            data = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else data
+        if accelerator.is_main_process and payload:
+            data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         data = data.to(accelerator.device)
         if len(data):
             distributed.broadcast(data, src=0)
+    return data.cpu().numpy().tobytes()
+
+
+@contextmanager
+def lost_ranks_named(accelerator: Accelerator) -> Iterator[None]:
+    """Around work that the ranks do together: a lost rank becomes PeerVanished, any other error stays what it is."""
+    try:
+        yield
     except RuntimeError as error:
+        # gloo has no error class of its own.
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error).lower():
+            raise
         raise PeerVanished(
             f"rank {accelerator.process_index} of the learner lost the other ranks: {error}. "
             "Look at the end of the other learner-<rank> logs, then resume from the last checkpoint."
         ) from error
-    return data.cpu().numpy().tobytes()

@@ -91,7 +91,6 @@ def credited(batch: RolloutBatch, config: Config) -> tuple[list[list[Sample]], d
     if config.control.shuffle_rewards:
         rewards = shuffled_within_cells(rewards, cells, seed)
     advantages, stats = task_relative_advantages(rewards, lengths, cells, learner.normalise)
-    emphasis = {cell: learner.propose_weight for cell in set(cells) if cell[0] == "propose"}
     # Greedy samples (temperature 0) are scored at 1.
     temperature = {"propose": config.propose.temperature or 1.0, "solve": config.solve.temperature or 1.0}
     parts = []
@@ -101,7 +100,7 @@ def credited(batch: RolloutBatch, config: Config) -> tuple[list[list[Sample]], d
             [cells[member] for member in members],
             aggregation=learner.aggregation,
             cell_weights=learner.cell_weights,
-            emphasis=emphasis,
+            emphasis={cell: learner.propose_weight for cell in cells if cell[0] == "propose"},
         )
         parts.append(
             [

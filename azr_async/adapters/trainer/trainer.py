@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,74 +18,25 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 
 from azr_async.adapters.trainer.optimizer import adamw, flat_state, restore_state, warm_up
-from azr_async.adapters.trainer.policy import Chunk, TokenPolicy, can_share, chunk_of, refuse_unknown_head, row_tokens
+from azr_async.adapters.trainer.policy import (
+    Chunk,
+    TokenPolicy,
+    can_share,
+    chunk_of,
+    refuse_unknown_head,
+    row_tokens,
+    rows_of,
+)
+from azr_async.adapters.trainer.ranks import lost_ranks_named
+from azr_async.adapters.trainer.report import Plan, StepReport, Update, step_report
 from azr_async.adapters.trainer.samples import Sample, checked_lags, credited, unrewarded
 from azr_async.algorithm import losses
-from azr_async.algorithm.credit import CellStats
-from azr_async.algorithm.packing import pack, shared_rows, waste
-from azr_async.config import Config
+from azr_async.algorithm.packing import pack, waste
+from azr_async.config import Config, LearnerConfig
 from azr_async.errors import TrainingError
-from azr_async.messages import Cell, RolloutBatch
+from azr_async.messages import RolloutBatch
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepReport:
-    """What one step did; counts and means are those of the whole batch, over all ranks."""
-
-    version: int
-    """Of the weights after the step."""
-    loss: float
-    """Mean over the mini-batches, as is grad_norm."""
-    grad_norm: float
-    """Before clipping."""
-    learning_rate: float
-    ess: float
-    """Effective share of the computed tokens, on importance weights that are not truncated."""
-    clip_fraction: float
-    """Share of the computed tokens whose ratio or weight was cut by a bound of the objective."""
-    kl_k1: float
-    """KL(behaviour || learner) per token, nats."""
-    kl_k3: float
-    max_ratio: float
-    entropy: float
-    """Nats per token; 0 unless `learner.entropy_weight` asks for it."""
-    lag_mean: float
-    """Over the samples, in steps."""
-    lag_max: int
-    cells: Mapping[Cell, CellStats]
-    trained_tokens: int
-    """All tokens in the normaliser, also those of samples without advantage, which need not be computed."""
-    trained_samples: int
-    computed_samples: int
-    computed_tokens: int
-    """With prompts and padding; a shared prompt counts once."""
-    padding: float
-    """Share of the computed tokens that is padding."""
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Plan:
-    """What one update computes; all but `chunks` is of all ranks together."""
-
-    chunks: Sequence[Chunk]
-    """This rank's micro-batches, at least one."""
-    samples: int
-    tokens: int
-    padding: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Update:
-    """One optimizer update: the sums of all ranks."""
-
-    loss: float
-    entropy: float
-    measures: Mapping[str, float]
-    max_ratio: float
-    grad_norm: float
 
 
 class Trainer:
@@ -97,14 +47,7 @@ class Trainer:
         """Optimizer steps inside the weights."""
         self._config, self._accelerator = config, accelerator
         learner = config.learner
-        self._objective = losses.Objective(
-            name=learner.objective,
-            clip_low=learner.clip_low,
-            clip_high=learner.clip_high,
-            dual_clip=learner.dual_clip,
-            ratio_cap=learner.ratio_cap,
-            ratio_floor=learner.ratio_floor,
-        )
+        self._objective = _objective(learner)
         if learner.gradient_checkpointing:
             body: Any = model
             body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -135,29 +78,17 @@ class Trainer:
         learning_rate = warm_up(self._optimizer, self._config.learner, self.version)
         plans = [self._plan(part) for part in parts]
         proximal = [self._recomputed(plan.chunks) for plan in plans]
-        updates = [self._update(plan.chunks, logp) for plan, logp in zip(plans, proximal, strict=True)]
+        with lost_ranks_named(self._accelerator):
+            updates = [self._update(plan.chunks, logp) for plan, logp in zip(plans, proximal, strict=True)]
         self.version += 1
-        total = {name: sum(update.measures[name] for update in updates) for name in losses.MEASURES}
-        tokens = max(total["tokens"], 1.0)
-        return StepReport(
+        return step_report(
+            plans,
+            updates,
+            lag_n,
+            cells,
             version=self.version,
-            loss=_mean([update.loss for update in updates]),
-            grad_norm=_mean([update.grad_norm for update in updates]),
             learning_rate=learning_rate,
-            ess=losses.effective_sample_size(total["tokens"], total["weight"], total["weight_squared"]),
-            clip_fraction=total["cut"] / tokens,
-            kl_k1=total["kl_k1"] / tokens,
-            kl_k3=total["kl_k3"] / tokens,
-            max_ratio=max(update.max_ratio for update in updates),
-            entropy=sum(update.entropy for update in updates) / tokens,
-            lag_mean=_mean(lag_n),
-            lag_max=max(lag_n),
-            cells=cells,
             trained_tokens=sum(sample.trained_tokens for part in parts for sample in part),
-            trained_samples=len(batch.rollouts),
-            computed_samples=sum(plan.samples for plan in plans),
-            computed_tokens=sum(plan.tokens for plan in plans),
-            padding=_mean([plan.padding for plan in plans]),
             seconds=time.perf_counter() - started,
         )
 
@@ -181,32 +112,22 @@ class Trainer:
         """Take up `optimizer_state` again. Raises TrainingError when it is that of another model."""
         restore_state(self._optimizer, self._policy.model, flat)
 
-    def _plan(self, samples: Sequence[Sample]) -> _Plan:
+    def _plan(self, samples: Sequence[Sample]) -> Plan:
         learner = self._config.learner
         busy = [sample for sample in samples if learner.entropy_weight or not sample.is_idle]
-        rows = self._rows(busy)
+        rows = rows_of(busy, learner.microbatch_tokens if self._is_sharing else 0)
         lengths = [row_tokens(row) for row in rows]
         plan = pack(lengths, limit_tokens=learner.microbatch_tokens, ranks=self._accelerator.num_processes)
         mine = plan[self._accelerator.process_index]
         chunks = [chunk_of([rows[member] for member in microbatch.members], self.device) for microbatch in mine]
         # A rank without work still has to take part in the reduction of the gradients.
         idle = [unrewarded(np.zeros(2, np.int32))]
-        return _Plan(
+        return Plan(
             chunks=chunks or [chunk_of([idle], self.device)],
             samples=len(busy),
             tokens=sum(microbatch.padded_tokens for microbatches in plan for microbatch in microbatches),
             padding=waste(plan, lengths),
         )
-
-    def _rows(self, samples: Sequence[Sample]) -> list[list[Sample]]:
-        if not self._is_sharing:
-            return [[sample] for sample in samples]
-        indices = shared_rows(
-            [sample.token_ids[: sample.prompt_length] for sample in samples],
-            [sample.trained_tokens for sample in samples],
-            limit_tokens=self._config.learner.microbatch_tokens,
-        )
-        return [[samples[index] for index in row] for row in indices]
 
     def _recomputed(self, chunks: Sequence[Chunk]) -> list[Tensor | None]:
         if self._config.learner.proximal != "recomputed":
@@ -214,7 +135,7 @@ class Trainer:
         with torch.no_grad():
             return [self._policy(chunk)[0] for chunk in chunks]
 
-    def _update(self, chunks: Sequence[Chunk], proximal: Sequence[Tensor | None]) -> _Update:
+    def _update(self, chunks: Sequence[Chunk], proximal: Sequence[Tensor | None]) -> Update:
         sums, max_ratio = [], []
         for chunk, recomputed_N in zip(chunks, proximal, strict=True):
             is_last = chunk is chunks[-1]
@@ -237,7 +158,7 @@ class Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad()
         named = dict(zip(losses.MEASURES, measured, strict=True))
-        return _Update(loss=loss, entropy=entropy, measures=named, max_ratio=largest.item(), grad_norm=norm)
+        return Update(loss=loss, entropy=entropy, measures=named, max_ratio=largest.item(), grad_norm=norm)
 
     def _accumulate(self, chunk: Chunk, recomputed_N: Tensor | None) -> tuple[Tensor, Tensor]:
         """Forward and backward of one micro-batch; its [2 + MEASURES] sums and its largest ratio."""
@@ -267,5 +188,12 @@ class Trainer:
         return torch.cat([heads, sums]), largest
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _objective(learner: LearnerConfig) -> losses.Objective:
+    return losses.Objective(
+        name=learner.objective,
+        clip_low=learner.clip_low,
+        clip_high=learner.clip_high,
+        dual_clip=learner.dual_clip,
+        ratio_cap=learner.ratio_cap,
+        ratio_floor=learner.ratio_floor,
+    )

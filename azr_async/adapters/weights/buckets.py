@@ -17,6 +17,9 @@ from torch import Tensor
 
 from azr_async.errors import WeightsError
 
+MAGIC: Final = 0x415A5257
+"""What every header begins with."""
+
 LARGEST_MANIFEST_BYTES: Final = 2**24
 LARGEST_PAYLOAD_BYTES: Final = 2**36
 _ALIGNMENT: Final = 16
@@ -59,6 +62,25 @@ def packed(tensors: Iterable[tuple[str, Tensor]], *, bucket_bytes: int, device: 
         waiting.append((name, tensor))
         waiting_bytes += size_bytes
     yield _packed_bucket(waiting, device)
+
+
+def checked_header(header: list[int]) -> tuple[int, int, int]:
+    """Version, manifest bytes and total bytes, if they can be true; zero bytes in all is the end of a version.
+
+    Raises WeightsError before anything is allocated for them.
+    """
+    magic, version, manifest_bytes, total_bytes = header
+    if magic != MAGIC or version < 0:
+        raise malformed("it does not begin as one")
+    is_end = manifest_bytes == total_bytes == 0
+    is_bucket = (
+        0 < manifest_bytes <= LARGEST_MANIFEST_BYTES
+        and aligned(manifest_bytes) <= total_bytes <= LARGEST_PAYLOAD_BYTES
+        and total_bytes == aligned(total_bytes)
+    )
+    if not is_end and not is_bucket:
+        raise malformed(f"a bucket of {total_bytes} bytes, {manifest_bytes} of them manifest")
+    return version, manifest_bytes, total_bytes
 
 
 def unpacked(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:

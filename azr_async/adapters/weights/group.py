@@ -9,20 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
-from azr_async.adapters.weights.buckets import (
-    LARGEST_MANIFEST_BYTES,
-    LARGEST_PAYLOAD_BYTES,
-    Bucket,
-    aligned,
-    malformed,
-    packed,
-    unpacked,
-)
+from azr_async.adapters.weights.buckets import MAGIC, Bucket, checked_header, packed, unpacked
 from azr_async.adapters.weights.store import missing_keys, own_address
 from azr_async.algorithm.digest import chained, checksum
 from azr_async.errors import WeightsError
 
-_MAGIC: Final = 0x415A5257
 _GRACE_SECONDS: Final = 2.0
 """After a failure: time in which the ranks that are well can say so."""
 
@@ -123,7 +114,7 @@ class WeightGroup:
         self._processes.abort()
 
     def _send_header(self, version: int, manifest_bytes: int, total_bytes: int) -> None:
-        header = [_MAGIC, version, manifest_bytes, total_bytes]
+        header = [MAGIC, version, manifest_bytes, total_bytes]
         self._broadcast(torch.tensor(header, dtype=torch.int64, device=self._device))
 
     def _send_bucket(self, bucket: Bucket, version: int) -> int:
@@ -135,15 +126,9 @@ class WeightGroup:
         """The version and the next bucket; None after the last."""
         header = torch.zeros(4, dtype=torch.int64, device=self._device)
         self._broadcast(header)
-        magic, version, manifest_bytes, total_bytes = header.tolist()
-        if magic != _MAGIC or version < 0:
-            raise malformed("it does not begin as one")
+        version, manifest_bytes, total_bytes = checked_header(header.tolist())
         if total_bytes == 0:
             return version, None
-        if not 0 < manifest_bytes <= LARGEST_MANIFEST_BYTES or not (
-            aligned(manifest_bytes) <= total_bytes <= LARGEST_PAYLOAD_BYTES and total_bytes == aligned(total_bytes)
-        ):
-            raise malformed(f"a bucket of {total_bytes} bytes, {manifest_bytes} of them manifest")
         bytes_N = torch.empty(total_bytes, dtype=torch.uint8, device=self._device)
         self._broadcast(bytes_N)
         return version, Bucket(bytes_N, manifest_bytes)

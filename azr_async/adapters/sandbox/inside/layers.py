@@ -76,13 +76,26 @@ def confine(options: Options, *, filter_name: str) -> Report:
     return report
 
 
-def confine_child(zygote: int, report: Report, cpu_seconds: int) -> None:
-    """The last layers, put on in the child before it reads anything untrusted."""
-    die_with(zygote)
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-    if report["seccomp"].startswith("verified"):
-        kernel.seccomp_filter(_FILTERS["CHILD"])
+class ChildWall:
+    """The last layers, made ready in the zygote, put on in every child before it reads anything untrusted."""
+
+    def __init__(self, report: Report) -> None:
+        self._zygote = os.getpid()
+        # The end of a PID namespace's first process ends all others in it.
+        self._must_die_with_zygote = self._zygote != 1
+        self._filter = kernel.seccomp_filter(_FILTERS["CHILD"]) if report["seccomp"].startswith("verified") else None
+
+    def put_on(self, cpu_seconds: int) -> None:
+        """No more processes, so much CPU time, and the filter."""
+        if self._must_die_with_zygote:
+            die_with(self._zygote)
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        if self._filter is not None:
+            self._filter()
+        else:
+            os.close(CONTROL_FD)  # which the filter would forbid to use
+            os.close(REPORT_FD)
 
 
 def _try(report: Report, name: str, layer: Callable[[], str]) -> None:
@@ -245,7 +258,7 @@ def _look_at_environment() -> str:
 
 
 def _filter_system_calls(name: str) -> str:
-    kernel.seccomp_filter(_FILTERS[name])
+    kernel.seccomp_filter(_FILTERS[name])()
     try:
         os.getcwd()
     except PermissionError:

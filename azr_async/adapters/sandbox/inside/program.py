@@ -26,8 +26,10 @@ def claims(code: bytes, inputs: list[bytes], names: Namespace, result_bytes: int
 
     V  the value as JSON      E  why there is none      M  memory ran out      L  the value is too long
     """
-    for argument in inputs:
-        yield _claim(code, argument, names, result_bytes)
+    # Each input gets builtins of its own; a copy touches all of them, so the only input of a child goes without.
+    spares = [dict(names) for _ in inputs[1:]]
+    for argument, namespace in zip(inputs, [names, *spares], strict=True):
+        yield _claim(code, argument, namespace, result_bytes)
 
 
 def builtin_names(allowed_imports: Collection[str]) -> Namespace:
@@ -53,7 +55,7 @@ def _claim(code: bytes, argument: bytes, names: Namespace, result_bytes: int) ->
         module = types.ModuleType(MODULE_NAME)
         sys.modules[MODULE_NAME] = module  # dataclasses look their module up
         namespace = vars(module)
-        namespace["__builtins__"] = dict(names)
+        namespace["__builtins__"] = names
         exec(marshal.loads(code), namespace)
         arguments, named = _arguments(argument, namespace)
         text = encode_in_order(namespace["f"](*arguments, **named))

@@ -9,14 +9,20 @@ ORDER: Final = struct.Struct("<II")
 """pool -> zygote. Wall milliseconds, CPU seconds: fork a child under these limits."""
 REPORT: Final = struct.Struct("<BiIII")
 """zygote -> pool. Was killed at its deadline, wait status, user and system CPU microseconds, peak memory in KiB."""
+CHUNK_BYTES: Final = 1 << 16
 ARGUMENTS: Final = "__arguments__"
 """The function that a compiled input expression calls with the arguments."""
 
 
 def read_frame(fd: int) -> bytes | None:
-    """The next frame's content; None at the end of the stream."""
-    head = _read_exactly(fd, 4)
-    return None if head is None else _read_exactly(fd, int.from_bytes(head, "little"))
+    """The next frame's content; None at the end of the stream. Nobody sends a second frame before it is answered."""
+    content = os.read(fd, CHUNK_BYTES)
+    while len(content) < 4 or len(content) < 4 + int.from_bytes(content[:4], "little"):
+        chunk = os.read(fd, CHUNK_BYTES)
+        if not chunk:
+            return None
+        content += chunk
+    return content[4:]
 
 
 def write_frame(fd: int, content: bytes) -> None:
@@ -40,13 +46,3 @@ def split_parts(content: bytes) -> Iterator[bytes]:
             raise ValueError("a part is longer than its frame")
         yield content[start + 4 : end]
         start = end
-
-
-def _read_exactly(fd: int, size: int) -> bytes | None:
-    content = bytearray()
-    while len(content) < size:
-        chunk = os.read(fd, size - len(content))
-        if not chunk:
-            return None
-        content += chunk
-    return bytes(content)

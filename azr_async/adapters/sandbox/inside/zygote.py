@@ -13,8 +13,6 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import Final
 
 from azr_async.adapters.sandbox.inside import layers
@@ -61,7 +59,7 @@ def main(options: layers.Options) -> None:
     _import_what_programs_may_use(options["allowed_imports"])
     names = builtin_names(frozenset(options["allowed_imports"]))
     report = layers.confine(options, filter_name="ZYGOTE")
-    zygote = os.getpid()
+    wall = layers.ChildWall(report)
     sys.stdin = None
     sys.stdout = sys.stderr = _Nowhere()
     sys.setrecursionlimit(1000)
@@ -70,21 +68,20 @@ def main(options: layers.Options) -> None:
     write_frame(layers.RESULT_FD, json.dumps(report).encode())
     gc.collect()
     gc.freeze()
+    result_bytes = options["result_bytes"]
     while len(order := os.read(layers.CONTROL_FD, ORDER.size)) == ORDER.size:
         wall_milliseconds, cpu_seconds = ORDER.unpack(order)
         child = os.fork()
         if child == 0:
-            _be_the_child(partial(layers.confine_child, zygote, report, cpu_seconds), names, options["result_bytes"])
+            _be_the_child(wall, cpu_seconds, names, result_bytes)
         os.write(layers.REPORT_FD, _wait(child, wall_milliseconds / 1000))
 
 
-def _be_the_child(confine: Callable[[], None], names: Namespace, result_bytes: int) -> None:
+def _be_the_child(wall: layers.ChildWall, cpu_seconds: int, names: Namespace, result_bytes: int) -> None:
     """Read the request, answer it, end."""
     status = 1
     try:
-        os.close(layers.CONTROL_FD)
-        os.close(layers.REPORT_FD)
-        confine()
+        wall.put_on(cpu_seconds)
         code, *inputs = split_parts(read_frame(layers.REQUEST_FD) or b"")
         answers = attempts(code) if code[:1] == CANARY else claims(code, inputs, names, result_bytes)
         for answer in answers:
