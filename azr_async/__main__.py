@@ -9,7 +9,6 @@ from typing import Final
 TOOLS: Final[Mapping[str, str]] = {
     "execute": "run untrusted programs in the sandbox",
     "judge": "judge answers to tasks",
-    "evaluate": "greedy accuracy of a model on held-out tasks",
     "starter": "make the starter model again from nothing",
 }
 """Each is a module of `azr_async.programs` with `main(arguments) -> exit status`."""

@@ -53,6 +53,8 @@ class Request:
     resume: Path | None
     is_dry_run: bool
     wants_help: bool
+    problems: tuple[str, ...]
+    """Options that do not exist; `load` tells them with everything else that is wrong."""
 
 
 def main(arguments: Sequence[str], *, env: Mapping[str, str]) -> int:
@@ -67,6 +69,12 @@ def main(arguments: Sequence[str], *, env: Mapping[str, str]) -> int:
             preflight.print_dry_run(Console(), config)
             return EXIT_DONE
         resumed = preflight.check(config, output=request.output, resume=request.resume)
+    except AzrError as error:  # nothing was started
+        print(error, file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:  # before the programs were started; from then on the launcher listens
+        return EXIT_INTERRUPTED
+    try:
         return launcher.launch(config, output=request.output, resumed=resumed, env=env)
     except AzrError as error:
         print(error, file=sys.stderr)
@@ -78,7 +86,7 @@ def main(arguments: Sequence[str], *, env: Mapping[str, str]) -> int:
 def parse(arguments: Sequence[str]) -> Request:
     """Take the command line apart; values are validated later, together with the file's.
 
-    Raises ConfigError that names every unknown option.
+    Raises ConfigError when an option of the command itself lacks its value.
     """
     parser = _Parser(add_help=False, allow_abbrev=False)
     for option in ("--config", "--output", "--resume"):
@@ -103,9 +111,8 @@ def parse(arguments: Sequence[str]) -> Request:
         cli_parse_none_str="null",
     )
     overrides = source()
-    if unknown and not plain.help:
-        raise ConfigError(_report("command line", _unknown_options(unknown)))
     return Request(
+        problems=tuple(_unknown_options(unknown)),
         overrides=overrides,
         config_file=plain.config,
         output=plain.output,
@@ -120,9 +127,12 @@ def load(request: Request) -> Config:
     path = request.config_file or _config_of_resumed_run(request.resume)
     in_file = {} if path is None else read_tree(path)
     try:
-        return Config.model_validate(_merged(in_file, request.overrides))
+        config = Config.model_validate(_merged(in_file, request.overrides))
     except ValidationError as error:
-        raise ConfigError(explain(error.errors(), request.overrides, path)) from None
+        raise ConfigError(explain(error.errors(), request.overrides, path, typed=request.problems)) from None
+    if request.problems:
+        raise ConfigError(_report("command line", request.problems))
+    return config
 
 
 def read_tree(path: Path) -> Tree:
@@ -145,9 +155,14 @@ def read_tree(path: Path) -> Tree:
     return tree
 
 
-def explain(problems: Sequence[ErrorDetails], overrides: Tree, path: Path | None) -> str:
-    """All problems, the file or the command line first, one line each: the setting, then what to do about it."""
-    at_command_line, in_file = list[str](), list[str]()
+def explain(
+    problems: Sequence[ErrorDetails], overrides: Tree, path: Path | None, *, typed: Sequence[str] = ()
+) -> str:
+    """All problems, the file or the command line first, one line each: the setting, then what to do about it.
+
+    `typed` are lines about the command line that are known already.
+    """
+    at_command_line, in_file = list(typed), list[str]()
     for problem in problems:
         is_typed = path is None or _is_typed(problem, overrides)
         lines = _explain_one(problem, is_typed=is_typed)

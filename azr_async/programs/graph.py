@@ -47,6 +47,7 @@ async def self_play(parts: Parts, requests: Receiver[Request], replies: Sender[R
     async def work() -> None:
         await ready.wait()
         await seed(parts)
+        parts.report("playing", 0, 0)
         await _stages(parts, flow, changed, wanted, replies, stop)
 
     async def wake_admission_to_stop() -> None:

@@ -20,7 +20,7 @@ from azr_async.programs.placement import Placed, command, environment, free_port
 from azr_async.programs.preflight import Resumed
 from azr_async.programs.summary import MetricsReader, how_it_failed, how_it_was_interrupted, what_was_learned
 from azr_async.programs.supervision import Deadlines, Ended, ProgramSpec, RunEnd, Supervisor
-from azr_async.programs.view import View, ViewState
+from azr_async.programs.view import View, ViewState, say
 from azr_async.programs.wiring import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, endpoint, read_last_words
 
 REDRAW_SECONDS: Final = 0.25
@@ -57,7 +57,7 @@ def run_programs(
     The view shows the lines of metrics.jsonl from `first_step` on, the summary tells of all.
     """
     console = Console()
-    console.print(f"run directory: {run_dir}", highlight=False, soft_wrap=True)
+    say(console, f"run directory: {run_dir}")
     metrics = MetricsReader(run_dir / "metrics.jsonl", first_step)
     end = uvloop.run(watch(specs, config, metrics=metrics, wires_dir=wires_dir, console=console))
     return _tell(end, config, run_dir=run_dir, wires_dir=wires_dir, console=console)
@@ -164,9 +164,9 @@ def _tell(end: RunEnd, config: Config, *, run_dir: Path, wires_dir: Path, consol
     for one in bad:
         print(f"warning: {one.name} ended with status {one.status}; see {run_dir}/logs/{one.name}.log", file=sys.stderr)
     if end.kind == "interrupted":
-        console.print(how_it_was_interrupted(lines, config.run.steps, run_dir), highlight=False, soft_wrap=True)
+        say(console, how_it_was_interrupted(lines, config.run.steps, run_dir))
         return EXIT_INTERRUPTED
-    console.print(what_was_learned(lines, run_dir), highlight=False, soft_wrap=True)
+    say(console, what_was_learned(lines, run_dir))
     return EXIT_DONE
 
 

@@ -163,11 +163,16 @@ class Supervisor:
         if kind == "interrupted":
             self._tell(spec.name for spec in self._specs if spec.is_told_to_stop)
             await self._all_ended(within_seconds=self._deadlines.stop_seconds, only_the_run=True)
-        if kind != "failed" and self._stop_wishes < 2:
+        if kind != "failed" and self._stop_wishes < 2 and self._run_ended_well():
             await self._all_ended(within_seconds=self._deadlines.linger_seconds)
         if self._stop_wishes < 2:
             self._tell(spec.name for spec in self._specs)
             await self._all_ended(within_seconds=self._deadlines.grace_seconds)
+
+    def _run_ended_well(self) -> bool:
+        """Only then do the others learn from their channels that they may end."""
+        decisive = [spec.name for spec in self._specs if spec.ends_the_run]
+        return all(name in self._ended and self._ended[name].status == 0 for name in decisive)
 
     async def _all_ended(self, *, within_seconds: float, only_the_run: bool = False) -> None:
         names = {spec.name for spec in self._specs if spec.ends_the_run or not only_the_run}

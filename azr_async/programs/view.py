@@ -1,7 +1,8 @@
 """What a run looks like while it goes: a live panel on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Self
@@ -74,19 +75,13 @@ class View:
 
     def redraw(self) -> None:
         """Show the state as it is now."""
-        try:
-            self._redraw()
-        except SystemExit:
-            # rich wants to leave when nobody reads the output any more; the run is worth more than its view.
-            self._console.quiet = True
-
-    def _redraw(self) -> None:
-        if self._live is not None:
-            self._state.new_lines.clear()
-            self._live.update(panel(self._state, time.monotonic() - self._started_at), refresh=True)
+        if self._live is None:
+            for line in self._plain_lines():
+                say(self._console, line)
             return
-        for line in self._plain_lines():
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._state.new_lines.clear()
+        with _outliving_its_readers(self._console):
+            self._live.update(panel(self._state, time.monotonic() - self._started_at), refresh=True)
 
     def _plain_lines(self) -> list[str]:
         lines = [plain_line(metrics, self._state.steps) for metrics in self._state.new_lines]
@@ -105,6 +100,12 @@ class View:
                 self._said[name] = (progress, now)
                 lines.append(f"{name}: {phase_text(progress)}")
         return lines
+
+
+def say(console: Console, text: str) -> None:
+    """Print text as it is."""
+    with _outliving_its_readers(console):
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def plain_line(metrics: Metrics, steps: int) -> str:
@@ -148,6 +149,15 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+@contextmanager
+def _outliving_its_readers(console: Console) -> Iterator[None]:
+    try:
+        yield
+    except SystemExit:
+        # rich wants to leave when nobody reads the output any more; the run is worth more than its view.
+        console.quiet = True
 
 
 def _headline(state: ViewState, elapsed_seconds: float) -> RenderableType:

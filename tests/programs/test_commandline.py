@@ -4,6 +4,7 @@ import resource
 import socket
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis.strategies import sampled_from
 
+from azr_async.__main__ import TOOLS
 from azr_async.__main__ import main as tools_main
 from azr_async.config import Config
 from azr_async.errors import AzrError, ConfigError
@@ -247,7 +249,7 @@ def test_a_damaged_checkpoint_is_told_before_anything_starts(
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text('{"format": 1, "files": {"config.json": {"bytes": 2, "sha256": "0"}}}')
     (folder / "config.json").write_text("{}")
-    assert main(["--resume", str(tmp_path)], env={}) == 1
+    assert main(["--resume", str(tmp_path)], env={}) == 2
     assert f"{folder}/config.json is damaged" in capsys.readouterr().err
 
 
@@ -274,6 +276,12 @@ def test_a_full_disk_is_told_before_anything_starts(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_unknown_options_and_wrong_values_are_told_together() -> None:
+    text = complaint("--learner.clip-hgih", "3", "--max-lag", "x", "--steps", "0")
+    assert text.startswith("command line: 3 settings need attention")
+    assert all(part in text for part in ("--learner.clip-high?", "--max-lag = x", "--steps = 0"))
+
+
 def test_an_unknown_tool_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert tools_main(["executee"]) == 2
     assert "Did you mean execute?" in capsys.readouterr().err
@@ -281,4 +289,10 @@ def test_an_unknown_tool_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_tools_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert tools_main([]) == 0
-    assert "starter" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert [tool for tool in TOOLS if tool not in text] == []
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_listed_tool_is_there(tool: str) -> None:
+    assert callable(import_module(f"azr_async.programs.{tool}").main)

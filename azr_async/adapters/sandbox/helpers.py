@@ -40,6 +40,8 @@ class HelperSettings:
     allowed_imports: Sequence[str]
     memory_mb: int
     result_bytes: int
+    is_gated: bool
+    """False: programs may use all of Python, and the walls alone hold them."""
     label: str
     """Stands in the command line, so that `ps` shows to what the process belongs."""
 
@@ -110,6 +112,7 @@ def _execute(role: Role, settings: HelperSettings, *, flavour: int, fds: list[in
         "allowed_imports": list(settings.allowed_imports),
         "memory_mb": settings.memory_mb,
         "result_bytes": settings.result_bytes,
+        "is_gated": settings.is_gated,
         "flavour": flavour,
         "fds": fds,
         "parent": os.getpid(),

@@ -39,6 +39,7 @@ class SandboxPool:
         cache_entries: verdicts that are remembered.
         label: stands in the command line of every process of the sandbox.
         require: `strict` refuses to start where a program could get out; `best-effort` starts and tells, in `layers`.
+        is_gated: False lets programs use all of Python and whatever module is loaded, to try the walls alone.
     """
 
     def __init__(
@@ -53,9 +54,14 @@ class SandboxPool:
         cache_entries: int = 65_536,
         label: str = "",
         require: Require = "strict",
+        is_gated: bool = True,
     ) -> None:
         settings = HelperSettings(
-            allowed_imports=allowed_imports, memory_mb=memory_mb, result_bytes=result_bytes, label=label
+            allowed_imports=allowed_imports,
+            memory_mb=memory_mb,
+            result_bytes=result_bytes,
+            is_gated=is_gated,
+            label=label,
         )
         self._limits = Limits(
             wall_seconds=wall_seconds, cpu_seconds=max(1, math.ceil(cpu_seconds)), result_bytes=result_bytes

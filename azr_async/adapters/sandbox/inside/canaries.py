@@ -37,7 +37,8 @@ def _read_file() -> None:
 
 
 def _write_file() -> None:
-    os.open("/tmp/escaped", os.O_WRONLY | os.O_CREAT)
+    os.close(os.open("/tmp/escaped", os.O_WRONLY | os.O_CREAT))
+    os.unlink("/tmp/escaped")
 
 
 def _list_root() -> None:
@@ -47,6 +48,7 @@ def _list_root() -> None:
 
 def _make_directory() -> None:
     os.mkdir("/tmp/escaped")
+    os.rmdir("/tmp/escaped")
 
 
 def _open_a_socket() -> None:

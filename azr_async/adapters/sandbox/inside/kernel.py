@@ -61,7 +61,8 @@ def seccomp_filter(instructions: bytes) -> Callable[[], None]:
 
     def put_on() -> None:
         if call(*arguments) != 0:
-            raise OSError(ctypes.get_errno(), "seccomp")
+            code = ctypes.get_errno()
+            raise OSError(code, f"seccomp: {os.strerror(code)}")
 
     return put_on
 

@@ -34,6 +34,7 @@ class Options(TypedDict):
     allowed_imports: list[str]
     memory_mb: int
     result_bytes: int
+    is_gated: bool
     flavour: int
     """0 or 1: processes of different flavours differ in everything that a deterministic program must not see."""
     fds: list[int]

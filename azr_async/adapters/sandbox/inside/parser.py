@@ -24,6 +24,10 @@ from azr_async.algorithm.values import TooLarge, Unanswerable, encode_in_order
 _SYNTAX_ERRORS: Final = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError, UnicodeError)
 
 
+Allowed = Collection[str] | None
+"""Modules that a program may import; None if it may do everything."""
+
+
 def main(options: layers.Options) -> None:
     """Serve until the pool closes its end."""
     sys.setrecursionlimit(2000)
@@ -31,11 +35,12 @@ def main(options: layers.Options) -> None:
     _program_part("import math\nclass A:\n    def f(self): return [x for x in (1,)]\ndef f(x): return x\n", {"math"})
     active = layers.confine(options, filter_name="CHILD")
     write_frame(layers.RESULT_FD, json.dumps(active).encode())
+    allowed_imports = frozenset(options["allowed_imports"]) if options["is_gated"] else None
     while (request := read_frame(layers.REQUEST_FD)) is not None:
         mode, program, inputs = json.loads(request)
-        parts = [] if program is None else [_program_part(program, options["allowed_imports"])]
+        parts = [] if program is None else [_program_part(program, allowed_imports)]
         read = _READERS[mode]
-        parts += [read(text, options["allowed_imports"]) for text in inputs]
+        parts += [read(text, allowed_imports) for text in inputs]
         write_frame(layers.RESULT_FD, b"".join(map(with_length, parts)))
 
 
@@ -43,24 +48,33 @@ def _refused(reason: str) -> bytes:
     return b"E" + reason[:200].encode("utf-8", "backslashreplace")
 
 
-def _program_part(program: str, allowed_imports: Collection[str]) -> bytes:
+def _program_part(program: str, allowed_imports: Allowed) -> bytes:
     try:
         tree = _parse(program)
-        reason = refusal(tree, allowed_imports)
+        reason = None if allowed_imports is None else refusal(tree, allowed_imports)
         if reason is not None:
             return _refused(reason)
-        if not any(isinstance(node, ast.FunctionDef) and node.name == "f" for node in tree.body):
+        if not any(map(_binds_f, ast.walk(tree))):
             return _refused("the program does not define f")
         return b"C" + marshal.dumps(compile(tree, "<program>", "exec", dont_inherit=True))
     except _SYNTAX_ERRORS as error:
         return _refused(f"the program is not Python: {type(error).__name__}")
 
 
+def _binds_f(node: ast.AST) -> bool:
+    match node:
+        case ast.FunctionDef(name="f") | ast.ClassDef(name="f") | ast.Name(id="f", ctx=ast.Store()):
+            return True
+        case ast.alias(name=name, asname=bound):
+            return (bound or name) == "f"
+    return False
+
+
 def _parse(source: str) -> ast.Module:
     return ast.parse(source, "<text>")
 
 
-def _read_arguments(text: str, allowed_imports: Collection[str]) -> bytes:
+def _read_arguments(text: str, allowed_imports: Allowed) -> bytes:
     """An argument list of literals, as it would stand between the parentheses of a call."""
     try:
         call = _parse_call(text)
@@ -73,11 +87,12 @@ def _read_arguments(text: str, allowed_imports: Collection[str]) -> bytes:
         return _refused(f"the input is not an argument list: {type(error).__name__}")
 
 
-def _read_expression(text: str, allowed_imports: Collection[str]) -> bytes:
+def _read_expression(text: str, allowed_imports: Allowed) -> bytes:
     """An argument list of any expressions, to be evaluated beside the program."""
     try:
         call = _parse_call(text)
-        reason = refusal(ast.Tuple([*call.args, *(keyword.value for keyword in call.keywords)]), allowed_imports)
+        parts = ast.Tuple([*call.args, *(keyword.value for keyword in call.keywords)])
+        reason = None if allowed_imports is None else refusal(parts, allowed_imports)
         if reason is not None:
             return _refused(f"the input is refused: {reason}")
         return b"X" + marshal.dumps(compile(ast.Expression(call), "<input>", "eval", dont_inherit=True))
@@ -95,7 +110,7 @@ def _parse_call(text: str) -> ast.Call:
     return tree
 
 
-def _read_value(text: str, allowed_imports: Collection[str]) -> bytes:
+def _read_value(text: str, allowed_imports: Allowed) -> bytes:
     """One literal."""
     try:
         value = literal_value(ast.parse(text.strip(), "<literal>", mode="eval").body)
@@ -108,7 +123,7 @@ def _read_value(text: str, allowed_imports: Collection[str]) -> bytes:
         return _refused(f"not a literal: {type(error).__name__}")
 
 
-_READERS: Final[dict[str, Callable[[str, Collection[str]], bytes]]] = {
+_READERS: Final[dict[str, Callable[[str, Allowed], bytes]]] = {
     "literal": _read_arguments,
     "expression": _read_expression,
     "value": _read_value,
