@@ -336,6 +336,8 @@ class Outcome:
     """The same as a Python literal; empty unless ok."""
     error: str = ""
     """Why it is not ok, in a few words."""
+    ran: bool = True
+    """False: it never came to run, being no program, no literal, or against the rules."""
     wall_ms: float = 0.0
 
 

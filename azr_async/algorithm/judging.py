@@ -4,9 +4,9 @@ Zhao et al. 2025 (Absolute Zero), arXiv:2505.03335, section 3.2: 1 for a right a
 one, -1 for one that has not the asked form. The gold value is compared here, outside the process that ran the answer,
 as canonical text; so an answer can neither see it nor decide what "equal" means.
 
-An answer has not the asked form if it is `rejected`: no literal (deduction), no argument list of literals (abduction),
-no Python program that defines `f` within the rules (induction). Whatever happens to it later - an error, a limit, two
-different results - makes it wrong.
+An answer has not the asked form if it never came to run: it is no literal (deduction), no argument list of literals
+(abduction), no Python program that defines `f` within the rules (induction). Whatever happens to it later - an error, a
+limit, two different results - makes it wrong.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ def judged_pairs(problem: Problem) -> tuple[Pair, ...]:
 
 
 def _compare(pair: Pair, outcome: Outcome, relative_tolerance: float, difference: str) -> Judgement:
-    if outcome.status == "rejected":
+    if not outcome.ran:
         return Judgement(MALFORMED, outcome.error)
     if outcome.status != "ok":
         return Judgement(WRONG, f"{outcome.status}: {outcome.error}" if outcome.error else outcome.status)

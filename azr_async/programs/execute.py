@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import uvloop
 
@@ -17,6 +18,12 @@ from azr_async.adapters.sandbox.crew import Require
 from azr_async.adapters.sandbox.pool import DEFAULT_IMPORTS, SandboxPool
 from azr_async.errors import AzrError, SandboxError
 from azr_async.programs.jsonl import InputError, Row, answer_lines, text_field
+
+WIDE_IMPORTS: Final = (
+    *DEFAULT_IMPORTS,
+    *("calendar", "codecs", "datetime", "hashlib", "io", "queue", "random", "time", "warnings", "weakref"),
+)
+"""More than self-play allows: here the runs that must agree tell what depends on chance or on the clock."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -45,7 +52,7 @@ def sandbox_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wall-seconds", type=_positive, default=2.0, help="wall time of one program [2]")
     parser.add_argument("--memory-mb", type=_count, default=256, help="memory of one program [256]")
     parser.add_argument("--workers", type=_count, default=os.cpu_count() or 1, help="programs side by side [cores]")
-    parser.add_argument("--allowed-imports", default=",".join(DEFAULT_IMPORTS), help="modules, with commas between")
+    parser.add_argument("--allowed-imports", default=",".join(WIDE_IMPORTS), help="modules, with commas between")
     parser.add_argument(
         "--require",
         choices=("strict", "best-effort"),

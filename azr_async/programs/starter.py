@@ -26,8 +26,8 @@ WARM_STEPS: Final = 6500
 NOISE_STEPS: Final = 450
 
 _WARM_LEARNING_RATE: Final = 4e-3
-_NOISE_LEARNING_RATE: Final = 3e-3
-_WRONG_SHARE: Final = 0.55
+_NOISE_LEARNING_RATE: Final = 1.5e-3
+_WRONG_SHARE: Final = 0.65
 
 
 def main(arguments: Sequence[str]) -> int:

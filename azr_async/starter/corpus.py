@@ -31,7 +31,7 @@ _CELL_SHARES: Final[dict[Cell, float]] = {
     ("solve", "abduction"): 0.22,
     ("solve", "induction"): 0.24,
 }
-_PROPOSAL_SLOPPINESS: Final = 0.125
+_PROPOSAL_SLOPPINESS: Final = 0.07
 """Share of statements or inputs of the wrong kind: proposals must sometimes fail, or failing could not be unlearned."""
 _INPUT_SLOPPINESS: Final = 0.04
 _IDENTITY_REFERENCE_SHARE: Final = 0.04

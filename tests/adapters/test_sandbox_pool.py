@@ -50,62 +50,91 @@ async def test_one_outcome_per_input_in_order() -> None:
     assert [outcome.text for outcome in outcomes] == ["(1, 1)", "(2, 3)", "({'k': [1.5]}, 4)", "(1, 1)"]
 
 
-@pytest.mark.parametrize(
-    ("program", "text", "status"),
-    [
-        ("def f(x): return x", "[1, 2]", "ok"),
-        ("def f(x): return x", "[1,\n 2]", "ok"),
-        ("def f(x, y): return x + y", "'a',\n'b'", "ok"),
-        ("def f(x): return x", "1 # a comment", "ok"),
-        ("def f(x): print(x)", "1", "ok"),
-        ("class P:\n  pass\ndef g(x): return x\ndef f(x): return g(x)", "1", "ok"),
-        ("import math\nfrom collections import Counter\ndef f(x): return dict(Counter(x))", "'aab'", "ok"),
+PROGRAMS: dict[Status, list[tuple[str, str]]] = {
+    "ok": [
+        ("def f(x): return x", "[1, 2]"),
+        ("def f(x): return x", "[1,\n 2]"),
+        ("def f(x, y): return x + y", "'a',\n'b'"),
+        ("def f(x): return x", "1 # a comment"),
+        ("def f(x): print(x)", "1"),
+        ("def f(input): return input", "1"),
+        ("f = lambda x: x", "1"),
+        ("from math import floor as f", "1.5"),
+        ("class P:\n  pass\ndef g(x): return x\ndef f(x): return g(x)", "1"),
+        ("import math\nfrom collections import Counter\ndef f(x): return dict(Counter(x))", "'aab'"),
         (
             "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass P:\n  x: int\n"
             "def f(x): return P(x).x",
             "1",
-            "ok",
         ),
-        ("def f(x): return 1 / 0", "1", "error"),
-        ("def f(x): raise SystemExit", "1", "error"),
-        ("def f(x): raise KeyboardInterrupt", "1", "error"),
-        ("def f(x): return f(x)", "1", "error"),
-        ("def f(x): return object()", "1", "error"),
-        ("from collections import Counter\ndef f(x): return Counter(x)", "'a'", "error"),
-        ("def f(x): return open('/etc/passwd').read()", "1", "error"),
-        ("def f(): return 1", "1", "error"),
-        ("def f(x): return [0] * 10**9", "1", "memory"),
-        ("def f(x):\n  r = []\n  while True: r.append(bytearray(10**6))", "1", "memory"),
-        ("def f(x): return 'a' * 10**6", "1", "output_too_long"),
-        ("def f(x): return list(range(10**5))", "1", "output_too_long"),
-        ("def f(x): return 2 ** 10**5", "1", "output_too_long"),
-        ("def f(x", "1", "rejected"),
-        ("x = 1", "1", "rejected"),
-        ("", "1", "rejected"),
-        ("def f(x): return '\0'", "1", "rejected"),
-        ("import os\ndef f(x): return x", "1", "rejected"),
-        ("def f(x):\n  import random\n  return x", "1", "rejected"),
-        ("from . import x\ndef f(x): return x", "1", "rejected"),
-        ("def f(x): return ().__class__", "1", "rejected"),
-        ("def f(x): return __import__('os')", "1", "rejected"),
-        ("#" + "a" * 70_000 + "\ndef f(x): return x", "1", "rejected"),
-        ("def f(x): return x", "__import__('os').getpid()", "rejected"),
-        ("def f(x): return x", "range(3)", "rejected"),
-        ("def f(x): return x", "1) or (True", "rejected"),
-        ("def f(x): return x", "*[1]", "rejected"),
-        ("def f(x): return x", "**{'x': 1}", "rejected"),
-        ("def f(x): return x", "1 2", "rejected"),
-        ("def f(x): return x", "(" * 5000, "rejected"),
-        ("def f(x): return x", "'" + "a" * 70_000 + "'", "rejected"),
-        ("def f(x): return x\nf" + "(1)" * 20_000, "1", "rejected"),
-        ("def f(x): return " + "-" * 60_000 + "1", "1", "rejected"),
+        ("from functools import singledispatch\n@singledispatch\ndef f(x): return x", "1"),
+        ("import re\ndef f(x): return re.sub('\\\\N{DIGIT ONE}', 'b', x)", "'a1'"),
+        ("def f(x): return x.encode('shift_jis').decode('shift_jis')", "'a'"),
     ],
-)
-async def test_the_status_says_what_became_of_it(program: str, text: str, status: Status) -> None:
+    "error": [
+        ("def f(x): return 1 / 0", "1"),
+        ("def f(x): raise SystemExit", "1"),
+        ("def f(x): raise KeyboardInterrupt", "1"),
+        ("def f(x): return f(x)", "1"),
+        ("def f(x): return object()", "1"),
+        ("from collections import Counter\ndef f(x): return Counter(x)", "'a'"),
+        ("def f(x): return open('/etc/passwd').read()", "1"),
+        ("def f(): return 1", "1"),
+        ("def f(x", "1"),
+        ("x = 1", "1"),
+        ("", "1"),
+        ("def f(x): return '\0'", "1"),
+        ("def f(x): return '\ud800'", "1"),
+        ("def f(x): return x\nf" + "(1)" * 20_000, "1"),
+    ],
+    "memory": [
+        ("def f(x): return [0] * 10**9", "1"),
+        ("def f(x):\n  r = []\n  while True: r.append(bytearray(10**6))", "1"),
+    ],
+    "output_too_long": [
+        ("def f(x): return 'a' * 10**6", "1"),
+        ("def f(x): return list(range(10**5))", "1"),
+        ("def f(x): return 2 ** 10**5", "1"),
+    ],
+    "rejected": [
+        ("import os\ndef f(x): return x", "1"),
+        ("def f(x):\n  import random\n  return x", "1"),
+        ("from . import x\ndef f(x): return x", "1"),
+        ("def f(x): return ().__class__", "1"),
+        ("def f(x): return __import__('os')", "1"),
+        ("#" + "a" * 70_000 + "\ndef f(x): return x", "1"),
+        ("def f(x): return " + "-" * 60_000 + "1", "1"),
+        ("def f(x): return x", "__import__('os').getpid()"),
+        ("def f(x): return x", "range(3)"),
+        ("def f(x): return x", "1) or (True"),
+        ("def f(x): return x", "*[1]"),
+        ("def f(x): return x", "**{'x': 1}"),
+        ("def f(x): return x", "1 2"),
+        ("def f(x): return x", "(" * 5000),
+        ("def f(x): return x", "'" + "a" * 70_000 + "'"),
+    ],
+}
+
+
+@pytest.mark.parametrize("status", PROGRAMS)
+async def test_the_status_says_what_became_of_it(status: Status) -> None:
     async with sandbox() as pool:
-        (outcome,) = await pool.run(program, [text])
-        assert outcome.status == status, outcome.error
+        outcomes = [(program, (await pool.run(program, [text]))[0]) for program, text in PROGRAMS[status]]
+        assert [(program[:80], outcome) for program, outcome in outcomes if outcome.status != status] == []
         assert (await pool.run("def f(x): return x + 1", ["1"]))[0].text == "2"
+
+
+async def test_an_outcome_says_whether_it_came_to_run() -> None:
+    questions = [
+        ("def f(x", "1"),
+        ("x = 1", "1"),
+        ("import os\ndef f(x): ...", "1"),
+        ("def f(x): ...", "f"),
+        ("def f(x): 1 / 0", "1"),
+    ]
+    async with sandbox() as pool:
+        outcomes = [(await pool.run(program, [text]))[0] for program, text in questions]
+    assert [outcome.ran for outcome in outcomes] == [False, False, False, False, True]
 
 
 async def test_two_runs_disagree_where_a_program_sees_its_process() -> None:
@@ -189,60 +218,57 @@ async def test_the_same_question_is_answered_from_memory() -> None:
         assert pool.meter.remembered == 2
 
 
-@pytest.mark.parametrize(
-    ("text", "canonical"),
-    [
-        ("1", "1"),
-        (" [1, (2,), {'a': {3}}]\n", '[1,{"t":[2]},{"d":[["a",{"s":[3]}]]}]'),
-        ("-1.5", "-1.5"),
-        ("-inf", '{"f":"-inf"}'),
-        ("float('nan')", '{"f":"nan"}'),
-        ("frozenset({1, 2})", '{"z":[1,2]}'),
-        ("set()", '{"s":[]}'),
-        ("3-4j", '{"c":[3.0,-4.0]}'),
-        ("1,\\\n2", '{"t":[1,2]}'),
-        ("'a' 'b'", '"ab"'),
-        ("0xff", "255"),
-    ],
-)
-async def test_a_literal_is_read(text: str, canonical: str) -> None:
-    async with sandbox() as pool:
-        assert (await pool.literal(text)).value == canonical
+LITERALS = {
+    "1": "1",
+    " [1, (2,), {'a': {3}}]\n": '[1,{"t":[2]},{"d":[["a",{"s":[3]}]]}]',
+    "-1.5": "-1.5",
+    "-inf": '{"f":"-inf"}',
+    "float('nan')": '{"f":"nan"}',
+    "frozenset({1, 2})": '{"z":[1,2]}',
+    "set()": '{"s":[]}',
+    "3-4j": '{"c":[3.0,-4.0]}',
+    "1,\\\n2": '{"t":[1,2]}',
+    "'a' 'b'": '"ab"',
+    "0xff": "255",
+}
+NO_LITERALS = [
+    "",
+    "f(1)",
+    "x",
+    "1 + 1",
+    "[x for x in (1,)]",
+    "lambda: 1",
+    "...",
+    "__import__('os')",
+    "{[]: 1}",
+    "{**{}}",
+    "[*[1]]",
+    "1; 2",
+    "1\n2",
+    "f'{1}'",
+    "set([1])",
+    "frozenset([1])",
+    "float('1')",
+    "not 1",
+    "True or 1",
+    "{nan}",
+    "\0",
+    "type('A', (), {'__eq__': lambda s, o: True})()",
+    "(" * 9999,
+    "9" * 5000,
+    "[" * 70 + "]" * 70,
+]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "f(1)",
-        "x",
-        "1 + 1",
-        "[x for x in (1,)]",
-        "lambda: 1",
-        "...",
-        "__import__('os')",
-        "{[]: 1}",
-        "{**{}}",
-        "[*[1]]",
-        "1; 2",
-        "1\n2",
-        "f'{1}'",
-        "set([1])",
-        "frozenset([1])",
-        "float('1')",
-        "not 1",
-        "True or 1",
-        "{nan}",
-        "\0",
-        "type('A', (), {'__eq__': lambda s, o: True})()",
-        "(" * 9999,
-        "9" * 5000,
-        "[" * 70 + "]" * 70,
-    ],
-)
-async def test_anything_else_is_no_literal(text: str) -> None:
+async def test_a_literal_is_read() -> None:
     async with sandbox() as pool:
-        assert (await pool.literal(text)).status == "rejected"
+        assert {text: (await pool.literal(text)).value for text in LITERALS} == LITERALS
+
+
+async def test_anything_else_is_no_literal() -> None:
+    async with sandbox() as pool:
+        outcomes = {text: await pool.literal(text) for text in NO_LITERALS}
+    assert {text for text, outcome in outcomes.items() if outcome.status != "rejected" or outcome.ran} == set()
 
 
 EQUAL_TO_EVERYTHING = "type('A', (), {'__eq__': lambda self, other: True, '__hash__': lambda self: 0})()"
@@ -254,52 +280,54 @@ def gold(program: str, value: object, text: str = "1") -> Problem:
     )
 
 
-@pytest.mark.parametrize(
-    "answer", [EQUAL_TO_EVERYTHING, "gold", "agent_output", "eval('gold')", "gold_output", "42 if 1 else 0", "f(1)"]
-)
-async def test_no_deduction_answer_but_the_value_earns_credit(answer: str) -> None:
+DEDUCTION_LEAKS = [EQUAL_TO_EVERYTHING, "gold", "agent_output", "eval('gold')", "gold_output", "42 if 1 else 0", "f(1)"]
+
+
+async def test_no_deduction_answer_but_the_value_earns_credit() -> None:
     async with sandbox() as pool:
         task = gold("def f(x): return 42", 42)
-        assert judge_deduction(task, await pool.literal(answer)).reward == -1.0
+        rewards = {answer: judge_deduction(task, await pool.literal(answer)).reward for answer in DEDUCTION_LEAKS}
+        assert set(rewards.values()) == {-1.0}, rewards
         assert judge_deduction(task, await pool.literal("42")).reward == 1.0
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "1) or True or f(1",
-        "1) == f(1) or (True",
-        EQUAL_TO_EVERYTHING,
-        "setattr(f, '__code__', (lambda *a: 42).__code__) or 0",
-        "(f := lambda x: 42)",
-        "gold_input",
-        "1)\nreturn_value = (42",
-        "x=__import__('os')",
-    ],
-)
-async def test_no_abduction_answer_but_a_pre_image_earns_credit(answer: str) -> None:
+ABDUCTION_LEAKS = [
+    "1) or True or f(1",
+    "1) == f(1) or (True",
+    EQUAL_TO_EVERYTHING,
+    "setattr(f, '__code__', (lambda *a: 42).__code__) or 0",
+    "(f := lambda x: 42)",
+    "gold_input",
+    "1)\nreturn_value = (42",
+    "x=__import__('os')",
+]
+
+
+async def test_no_abduction_answer_but_a_pre_image_earns_credit() -> None:
     async with sandbox() as pool:
         task = gold("def f(x): return x", 42, "42")
-        assert judge_abduction(task, (await pool.run(task.program, [answer]))[0]).reward == -1.0
+        outcomes = await pool.run(task.program, ABDUCTION_LEAKS)
+        rewards = [judge_abduction(task, outcome).reward for outcome in outcomes]
+        assert set(rewards) == {-1.0}, rewards
         assert judge_abduction(task, (await pool.run(task.program, ["40 +\n2"]))[0]).reward == -1.0
         assert judge_abduction(task, (await pool.run(task.program, ["\n42\n"]))[0]).reward == 1.0
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        f"def f(x): return {EQUAL_TO_EVERYTHING}",
-        "class A(int):\n  def __eq__(self, other): return True\n  def __hash__(self): return 0\ndef f(x): return A(x)",
-        "class A:\n  def __eq__(self, other): return True\ndef f(x): return [A()]",
-        "class A(str):\n  def __repr__(self): return '42'\ndef f(x): return A()",
-        "def f(x): return gold_output",
-        "def f(x): return output",
-    ],
-)
-async def test_no_induction_answer_but_a_right_program_earns_credit(answer: str) -> None:
+INDUCTION_LEAKS = [
+    f"def f(x): return {EQUAL_TO_EVERYTHING}",
+    "class A(int):\n  def __eq__(self, other): return True\n  def __hash__(self): return 0\ndef f(x): return A(x)",
+    "class A:\n  def __eq__(self, other): return True\ndef f(x): return [A()]",
+    "class A(str):\n  def __repr__(self): return '42'\ndef f(x): return A()",
+    "def f(x): return gold_output",
+    "def f(x): return output",
+]
+
+
+async def test_no_induction_answer_but_a_right_program_earns_credit() -> None:
     async with sandbox() as pool:
         task = gold("def f(x): return 42", 42)
-        assert judge_induction(task, await pool.run(answer, ["1"])).reward < 0.0
+        rewards = {answer: judge_induction(task, await pool.run(answer, ["1"])).reward for answer in INDUCTION_LEAKS}
+        assert set(rewards.values()) <= {-0.5, -1.0}, rewards
         assert judge_induction(task, await pool.run("def f(x): return 41 + x", ["1"])).reward == 1.0
 
 

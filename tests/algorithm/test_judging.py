@@ -50,9 +50,13 @@ def test_a_run_that_fails_earns_minus_a_half_and_says_how(judge: Judge, status: 
 
 @pytest.mark.parametrize("judge", JUDGES)
 def test_an_answer_without_the_asked_form_earns_minus_1(judge: Judge) -> None:
-    judgement = judge(problem(None), Outcome(status="rejected", error="not a literal"))
+    judgement = judge(problem(None), Outcome(status="rejected", error="not a literal", ran=False))
     assert judgement.reward == -1.0
     assert "not a literal" in judgement.reason
+
+
+def test_a_program_that_is_no_program_earns_minus_1() -> None:
+    assert judge_induction(problem(None), [Outcome(status="error", error="not Python", ran=False)]).reward == -1.0
 
 
 def test_every_pair_that_the_solver_was_not_shown_must_match() -> None:

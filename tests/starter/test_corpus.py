@@ -74,4 +74,4 @@ def test_most_but_not_all_proposals_of_the_corpus_are_valid() -> None:
 def test_about_the_wanted_share_of_answers_is_broken() -> None:
     solves = [example for example in examples(3000, wrong_share=0.5) if example.cell[0] == "solve"]
     broken = [isinstance(DIALOGUE.read_answer(example.cell[1], example.answer), Malformed) for example in solves]
-    assert 0.10 < sum(broken) / len(broken) < 0.20
+    assert 0.15 < sum(broken) / len(broken) < 0.30

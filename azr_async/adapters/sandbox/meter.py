@@ -61,6 +61,10 @@ class Meter:
         ordered = sorted(self._wall_ms)
         return {p: ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in percentiles if ordered}
 
+    def forget_latencies(self) -> None:
+        """Start `latency_ms` anew."""
+        self._wall_ms.clear()
+
     def _change(self, by: int) -> None:
         now = time.monotonic()
         self._busy_seconds += self._running * (now - self._since)

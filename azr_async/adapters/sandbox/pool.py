@@ -10,7 +10,7 @@ from azr_async.adapters.sandbox.meter import Meter
 from azr_async.adapters.sandbox.recent import Recent
 from azr_async.adapters.sandbox.verdicts import Limits, agreed, outcomes_of
 from azr_async.algorithm.values import read
-from azr_async.messages import Outcome
+from azr_async.messages import Outcome, Status
 
 _COMPUTING_MODULES: Final = """
     __future__ abc array base64 binascii bisect cmath collections collections.abc contextlib copy dataclasses decimal
@@ -150,8 +150,8 @@ class SandboxPool:
         else:
             arguments = await self._parse(input_mode, None, inputs) if code[:1] == b"C" else []
         if code[:1] != b"C":
-            return [_refused(code)] * len(inputs)
-        outcomes = [_refused(argument) for argument in arguments]
+            return [_not_run(code)] * len(inputs)
+        outcomes = [_not_run(argument) for argument in arguments]
         open_numbers = [number for number, argument in enumerate(arguments) if argument[:1] != b"E"]
         for repeat in range(times):
             results = await self._execute(repeat % 2, code[1:], [arguments[n] for n in open_numbers])
@@ -183,15 +183,17 @@ class SandboxPool:
 NOT_TRIED: Final = Outcome(status="timeout", error="not tried: an earlier input of the same call took too long")
 
 
-def _refused(part: bytes) -> Outcome:
-    return Outcome(status="rejected", error=part[1:].decode("utf-8", "replace")[:200])
+def _not_run(part: bytes) -> Outcome:
+    """The outcome of a program or input for which the parser gave this part."""
+    status: Status = "error" if part[:1] == b"S" else "rejected"
+    return Outcome(status=status, error=part[1:].decode("utf-8", "replace")[:200], ran=False)
 
 
 def _literal_outcome(part: bytes) -> Outcome:
     if part[:1] != b"V":
-        return _refused(part)
+        return _not_run(part)
     try:
         canonical, literal = read(part[1:].decode("utf-8", "replace"))
     except ValueError:
-        return Outcome(status="rejected", error="not a literal")
+        return Outcome(status="rejected", error="not a literal", ran=False)
     return Outcome(status="ok", value=canonical, text=literal)

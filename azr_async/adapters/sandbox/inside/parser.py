@@ -5,7 +5,7 @@ program (unless it is null) and one for each input. A part is one letter and its
 
     C  marshalled code of the program              A  marshalled (args, kwargs) of a literal argument list
     X  marshalled code that computes (args, kwargs)   V  a literal's value as JSON (algorithm/values.py)
-    E  why the text is refused
+    E  why the text is refused                     S  why the program is no program
 """
 
 import ast
@@ -55,10 +55,12 @@ def _program_part(program: str, allowed_imports: Allowed) -> bytes:
         if reason is not None:
             return _refused(reason)
         if not any(map(_binds_f, ast.walk(tree))):
-            return _refused("the program does not define f")
+            return b"Sthe program does not define f"
         return b"C" + marshal.dumps(compile(tree, "<program>", "exec", dont_inherit=True))
+    except MemoryError:
+        return _refused("the program is nested too deeply")
     except _SYNTAX_ERRORS as error:
-        return _refused(f"the program is not Python: {type(error).__name__}")
+        return b"S" + f"the program is not Python: {type(error).__name__}".encode()
 
 
 def _binds_f(node: ast.AST) -> bool:
