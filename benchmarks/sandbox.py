@@ -40,7 +40,16 @@ TRIVIAL = (
 COMPUTING = "import time\ndef f(x):\n    total = {n}\n    for i in range(x[0]):\n        total += i\n    return total"
 ENDLESS = "def f(x):\n    while True:\n        pass\n# {n}"
 INPUT = "[3, 1, 2]"
-FORKS = "import os,time\nt=time.perf_counter()\nfor _ in range({n}):\n p=os.fork()\n if not p: os._exit(0)\n os.wait4(p,0)\n"
+FORKS = """
+import os, time
+started = time.perf_counter()
+for _ in range({n}):
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.wait4(child, 0)
+print({n} / (time.perf_counter() - started))
+"""
 
 Measure = Callable[[SandboxPool, int], Awaitable[int]]
 """Runs so many programs; gives the number of executions."""
@@ -82,8 +91,8 @@ def main() -> None:
 
 def forks(count: int) -> float:
     """Fork, end, wait, in an interpreter that has loaded nothing."""
-    script = FORKS.format(n=count) + f"print({count}/(time.perf_counter()-t))"
-    done = subprocess.run([sys.executable, "-S", "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    script = [sys.executable, "-S", "-c", FORKS.format(n=count)]
+    done = subprocess.run(script, capture_output=True, text=True, check=True, timeout=300)
     return float(done.stdout)
 
 
@@ -236,13 +245,18 @@ async def soaked(count: int, workers: int) -> dict[str, float]:
 def left_over() -> dict[str, float]:
     """Processes of the sandbox, descriptors of this process, memory of both."""
     mine = [path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if LABEL in _text(path)]
-    sandboxed = sum(int((_text(path / "statm").split() or [0, 0])[1]) for path in mine)
+    sandboxed = sum(_resident_pages(path) for path in mine)
     return {
         "processes": len(mine),
         "descriptors": len(os.listdir("/proc/self/fd")),
         "sandbox_resident_mb": sandboxed * resource.getpagesize() / 2**20,
-        "own_resident_mb": int(_text(Path("/proc/self/statm")).split()[1]) * resource.getpagesize() / 2**20,
+        "own_resident_mb": _resident_pages(Path("/proc/self")) * resource.getpagesize() / 2**20,
     }
+
+
+def _resident_pages(process: Path) -> int:
+    numbers = _text(process / "statm").split()
+    return int(numbers[1]) if numbers else 0
 
 
 def _text(path: Path) -> str:

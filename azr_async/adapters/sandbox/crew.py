@@ -10,7 +10,8 @@ from azr_async.adapters.sandbox.inside.canaries import CANARIES, CANARY
 from azr_async.adapters.sandbox.inside.wire import split_parts, with_length
 from azr_async.adapters.sandbox.lanes import Lane
 from azr_async.adapters.sandbox.meter import Meter
-from azr_async.adapters.sandbox.slots import Parser, Slot
+from azr_async.adapters.sandbox.parsing import Parser, ParsingDesk
+from azr_async.adapters.sandbox.slots import Slot
 from azr_async.adapters.sandbox.verdicts import Limits, Report
 from azr_async.errors import SandboxError
 
@@ -42,6 +43,7 @@ class Crew:
         self._permits = asyncio.Semaphore(workers)
         self._lanes = [Lane(partial(self._start_slot, flavour), most=workers + SPARE_SLOTS) for flavour in (0, 1)]
         self._parsers = Lane(self._start_parser, most=PARSERS)
+        self._desk = ParsingDesk(self._parsers)
 
     async def open(self) -> None:
         """Start the processes that are needed at once. Raises SandboxError, with nothing left behind."""
@@ -71,16 +73,10 @@ class Crew:
 
     async def parse(self, mode: str, program: str | None, inputs: list[str]) -> list[bytes]:
         """One part for the program, unless it is None, and one for each input (inside/parser.py)."""
-        request = json.dumps([mode, program, inputs]).encode()
-        for _ in range(ATTEMPTS):
-            try:
-                async with self._parsers.member() as parser:
-                    return list(split_parts(await parser.parse(request)))
-            except TimeoutError:
-                break
-            except HelperGone:
-                continue
-        return [b"Eit cannot be parsed within limits"] * (len(inputs) + (program is not None))
+        answer = await self._desk.parse(json.dumps([mode, program, inputs]))
+        if answer is None:
+            return [b"Eit cannot be parsed within limits"] * (len(inputs) + (program is not None))
+        return list(split_parts(answer))
 
     async def fork(self, flavour: int, code: bytes, arguments: list[bytes]) -> Report:
         """Run compiled code on `arguments` in one fork of a zygote of `flavour`."""

@@ -25,6 +25,7 @@ _BOOTSTRAP: Final = (
 )
 _PYTHON_OPTIONS: Final = ("-s", "-P", "-S", "-B", "-W", "ignore", "-X", "utf8")
 _F_SETPIPE_SZ: Final = 1031
+_F_GETPIPE_SZ: Final = 1032
 
 Role = Literal["zygote", "parser"]
 
@@ -53,6 +54,8 @@ class Helper:
     process: subprocess.Popen[bytes]
     result_fd: int
     """Read, non-blocking."""
+    result_pipe_bytes: int
+    """What the pipe of results holds."""
     request_fd: int
     """Write, non-blocking."""
     leftover_fd: int
@@ -93,6 +96,7 @@ async def start_helper(role: Role, settings: HelperSettings, *, flavour: int = 0
     helper = Helper(
         process=process,
         result_fd=result_read,
+        result_pipe_bytes=fcntl.fcntl(result_read, _F_GETPIPE_SZ),
         request_fd=request_write,
         leftover_fd=request_read,
         control_fd=control_write,

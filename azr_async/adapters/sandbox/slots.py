@@ -16,8 +16,6 @@ from azr_async.adapters.sandbox.verdicts import Limits, Report
 
 BACKSTOP_SECONDS: Final = 3.0
 """What a zygote gets beyond a program's wall limit to kill it and to report."""
-PARSE_SECONDS: Final = 2.0
-REPLY_BYTES: Final = 1 << 23
 FRAME_BYTES: Final = 300
 """What a result may take beside its value: length, letter, the text of an error."""
 CHUNK_BYTES: Final = 1 << 16
@@ -30,33 +28,38 @@ class Slot:
         self.helper = helper
         self._content = bytearray()
         self._limit_bytes = 0
-        self._ended: asyncio.Future[bytes | None] | None = None
+        self._ended: asyncio.Future[bytes] | None = None
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(helper.result_fd, self._on_result)
         self._loop.add_reader(helper.report_fd, self._on_report)
-        self._writer = _RequestWriter(helper.request_fd)
+        self._writer = RequestWriter(helper.request_fd)
         self.is_broken = False
 
     async def run(self, request: bytes, limits: Limits, *, inputs: int) -> Report:
         """Run one program. Raises HelperGone when the zygote ends or is silent past the program's deadline."""
         self._content.clear()
         self._limit_bytes = inputs * (limits.result_bytes + FRAME_BYTES)
-        ended: asyncio.Future[bytes | None] = self._loop.create_future()
+        # What fits into the pipe is read at the end, at once: one waking-up of this process less.
+        must_read_on_the_way = self._limit_bytes > self.helper.result_pipe_bytes
+        ended: asyncio.Future[bytes] = self._loop.create_future()
         self._ended = ended
         backstop = self._loop.call_later(limits.wall_seconds + BACKSTOP_SECONDS, self._break, "its zygote is silent")
         started = time.monotonic()
-        is_whole = False
+        report = b""
         try:
-            os.write(self.helper.control_fd, ORDER.pack(int(limits.wall_seconds * 1000), limits.cpu_seconds))
+            if must_read_on_the_way:
+                self._loop.add_reader(self.helper.result_fd, self._read_result)
+            # The request first: nobody waits for it yet, so only the order wakes somebody.
             self._writer.write(with_length(request))
+            os.write(self.helper.control_fd, ORDER.pack(int(limits.wall_seconds * 1000), limits.cpu_seconds))
             report = await ended
-            is_whole = True
         except BrokenPipeError:
             raise HelperGone("the zygote has ended") from None
         finally:
             backstop.cancel()
             self._ended = None
-            if not is_whole or report is None:
+            if must_read_on_the_way:
+                self._loop.remove_reader(self.helper.result_fd)
+            if not report:
                 self.close()
         return self._report(report, (time.monotonic() - started) * 1000)
 
@@ -65,42 +68,35 @@ class Slot:
         if not self.is_broken:
             self.is_broken = True
             self._writer.stop()
-            self._loop.remove_reader(self.helper.result_fd)
             self._loop.remove_reader(self.helper.report_fd)
+            self._loop.remove_reader(self.helper.result_fd)
             self.helper.kill()
-        if self._ended is not None and not self._ended.done():
-            self._ended.set_exception(HelperGone("the sandbox was closed"))
+        self._break("the sandbox was closed")
 
-    def _report(self, report: bytes | None, wall_ms: float) -> Report:
-        content = bytes(self._content)
-        if report is None:
-            return Report(
-                content=b"", is_over_limit=True, was_killed=True, wait_status=0, cpu_seconds=0.0, wall_ms=wall_ms
-            )
+    def _report(self, report: bytes, wall_ms: float) -> Report:
         was_killed, wait_status, user_us, system_us, _ = REPORT.unpack(report)
         if was_killed or wait_status != 0:
             self._writer.stop()
             _drain(self.helper.leftover_fd)
         return Report(
-            content=content,
-            is_over_limit=False,
+            content=bytes(self._content),
+            is_over_limit=len(self._content) > self._limit_bytes,
             was_killed=bool(was_killed),
             wait_status=wait_status,
             cpu_seconds=(user_us + system_us) / 1e6,
             wall_ms=wall_ms,
         )
 
-    def _on_result(self) -> None:
+    def _read_result(self) -> int:
+        """Take one chunk; its size. What floods the pipe is left there, and its writer waits for its deadline."""
         try:
             chunk = os.read(self.helper.result_fd, CHUNK_BYTES)
         except BlockingIOError:
-            return
-        if not chunk or self._ended is None:
-            self._break("the zygote has ended" if not chunk else "somebody wrote a result that nobody asked for")
-            return
+            return 0
         self._content += chunk
-        if len(self._content) > self._limit_bytes and not self._ended.done():
-            self._ended.set_result(None)
+        if len(self._content) > self._limit_bytes:
+            self._loop.remove_reader(self.helper.result_fd)
+        return len(chunk)
 
     def _on_report(self) -> None:
         try:
@@ -109,85 +105,20 @@ class Slot:
             return
         if len(report) != REPORT.size or self._ended is None:
             self._break("the zygote has ended")
-            return
-        # The child is gone, so all that it wrote is in the pipe already.
-        while not self._ended.done():
-            before = len(self._content)
-            self._on_result()
-            if len(self._content) == before:
-                self._ended.set_result(report)
+        elif not self._ended.done():
+            # The child is gone, so all that it wrote is in the pipe.
+            while self._read_result() == CHUNK_BYTES:
+                pass
+            self._ended.set_result(report)
 
     def _break(self, reason: str) -> None:
         if self._ended is not None and not self._ended.done():
             self._ended.set_exception(HelperGone(reason))
-        elif self._ended is None:
+        elif self._ended is None and not self.is_broken:
             self.close()
 
 
-class Parser:
-    """One parser service; reads one program and its inputs at a time."""
-
-    def __init__(self, helper: Helper) -> None:
-        self.helper = helper
-        self._content = bytearray()
-        self._replied: asyncio.Future[bytes] | None = None
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(helper.result_fd, self._on_reply)
-        self._writer = _RequestWriter(helper.request_fd)
-        self.is_broken = False
-
-    async def parse(self, request: bytes) -> bytes:
-        """The reply's content. Raises HelperGone when the parser ends, TimeoutError after `PARSE_SECONDS`."""
-        self._content.clear()
-        replied: asyncio.Future[bytes] = self._loop.create_future()
-        self._replied = replied
-        deadline = self._loop.call_later(PARSE_SECONDS, self._give_up)
-        is_whole = False
-        try:
-            self._writer.write(with_length(request))
-            reply = await replied
-            is_whole = True
-            return reply
-        finally:
-            deadline.cancel()
-            self._replied = None
-            if not is_whole:
-                self.close()
-
-    def close(self) -> None:
-        """Kill the service; a request in progress raises HelperGone."""
-        if not self.is_broken:
-            self.is_broken = True
-            self._writer.stop()
-            self._loop.remove_reader(self.helper.result_fd)
-            self.helper.kill()
-        if self._replied is not None and not self._replied.done():
-            self._replied.set_exception(HelperGone("the sandbox was closed"))
-
-    def _on_reply(self) -> None:
-        try:
-            chunk = os.read(self.helper.result_fd, CHUNK_BYTES)
-        except BlockingIOError:
-            return
-        self._content += chunk
-        size = 4 + int.from_bytes(self._content[:4], "little") if len(self._content) >= 4 else 4
-        if not chunk or self._replied is None or size > REPLY_BYTES or len(self._content) > size:
-            self._break("the parser has ended or talks nonsense")
-        elif len(self._content) == size and size > 4 and not self._replied.done():
-            self._replied.set_result(bytes(self._content[4:]))
-
-    def _give_up(self) -> None:
-        if self._replied is not None and not self._replied.done():
-            self._replied.set_exception(TimeoutError())
-
-    def _break(self, reason: str) -> None:
-        if self._replied is not None and not self._replied.done():
-            self._replied.set_exception(HelperGone(reason))
-        elif self._replied is None:
-            self.close()
-
-
-class _RequestWriter:
+class RequestWriter:
     """Writes whole requests into a pipe without ever blocking the loop."""
 
     def __init__(self, fd: int) -> None:

@@ -7,12 +7,10 @@
     <propose><induction>PROGRAM<ans>                             -> <in>INPUT<in>INPUT...<msg>MESSAGE
 
 Each marker is one token of the starter's tokenizer, so most conversations stay under 100 tokens. A completion is
-well-formed when it has exactly these parts and each part is Python source.
+well-formed when it has exactly these parts; whether they are Python is for the sandbox to say, which parses them.
 """
 
-import ast
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -107,19 +105,7 @@ def _defect(source: str, *, is_program: bool) -> str:
         return f"a marker inside the {part}"
     if len(source) > _SOURCE_CHARACTERS_MOST:
         return f"{part} of {len(source)} characters; at most {_SOURCE_CHARACTERS_MOST} are read"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the parser's advice on a model's style is nobody's business
-            is_python = bool(ast.parse(source).body) if is_program else _is_argument_list(source)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        is_python = False
-    return "" if is_python else f"the {part} is not Python"
-
-
-def _is_argument_list(source: str) -> bool:
-    call = ast.parse(f"f(\n{source}\n)", mode="eval").body
-    # `1) or (2` would parse too, as something else than one call of f.
-    return isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.keywords
+    return ""
 
 
 def _shown(source: str) -> str:

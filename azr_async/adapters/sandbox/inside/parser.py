@@ -1,7 +1,7 @@
 """The parser service: untrusted text -> compiled code and literal arguments. It never runs what it compiles.
 
-One request at a time: a frame holding JSON `[mode, program, inputs]`, answered by one frame with one part for the
-program (unless it is null) and one for each input. A part is one letter and its content:
+A frame holds requests as JSON, each `[mode, program, inputs]`. It is answered by one frame with one part for each
+request, which has itself one part for the program (unless it is null) and one for each input: a letter and its content.
 
     C  marshalled code of the program              A  marshalled (args, kwargs) of a literal argument list
     X  marshalled code that computes (args, kwargs)   V  a literal's value as JSON (algorithm/values.py)
@@ -37,11 +37,15 @@ def main(options: layers.Options) -> None:
     write_frame(layers.RESULT_FD, json.dumps(active).encode())
     allowed_imports = frozenset(options["allowed_imports"]) if options["is_gated"] else None
     while (request := read_frame(layers.REQUEST_FD)) is not None:
-        mode, program, inputs = json.loads(request)
-        parts = [] if program is None else [_program_part(program, allowed_imports)]
-        read = _READERS[mode]
-        parts += [read(text, allowed_imports) for text in inputs]
-        write_frame(layers.RESULT_FD, b"".join(map(with_length, parts)))
+        answers = (_answer(*parts, allowed_imports) for parts in json.loads(request))
+        write_frame(layers.RESULT_FD, b"".join(map(with_length, answers)))
+
+
+def _answer(mode: str, program: str | None, inputs: list[str], allowed_imports: Allowed) -> bytes:
+    parts = [] if program is None else [_program_part(program, allowed_imports)]
+    read = _READERS[mode]
+    parts += [read(text, allowed_imports) for text in inputs]
+    return b"".join(map(with_length, parts))
 
 
 def _refused(reason: str) -> bytes:
