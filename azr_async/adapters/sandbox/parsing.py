@@ -96,7 +96,7 @@ class Parser:
         self.is_broken = False
 
     async def parse(self, request: bytes) -> bytes:
-        """The content of the answering frame. Raises HelperGone when the parser ends, TimeoutError after `PARSE_SECONDS`."""
+        """The answering frame. Raises HelperGone when the parser ends, TimeoutError after `PARSE_SECONDS`."""
         self._content.clear()
         replied: asyncio.Future[bytes] = self._loop.create_future()
         self._replied = replied

@@ -37,11 +37,11 @@ def main(options: layers.Options) -> None:
     write_frame(layers.RESULT_FD, json.dumps(active).encode())
     allowed_imports = frozenset(options["allowed_imports"]) if options["is_gated"] else None
     while (request := read_frame(layers.REQUEST_FD)) is not None:
-        answers = (_answer(*parts, allowed_imports) for parts in json.loads(request))
+        answers = (_answer(*each, allowed_imports=allowed_imports) for each in json.loads(request))
         write_frame(layers.RESULT_FD, b"".join(map(with_length, answers)))
 
 
-def _answer(mode: str, program: str | None, inputs: list[str], allowed_imports: Allowed) -> bytes:
+def _answer(mode: str, program: str | None, inputs: list[str], *, allowed_imports: Allowed) -> bytes:
     parts = [] if program is None else [_program_part(program, allowed_imports)]
     read = _READERS[mode]
     parts += [read(text, allowed_imports) for text in inputs]

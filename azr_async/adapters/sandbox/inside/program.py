@@ -21,15 +21,29 @@ _ABSENT: Final = "open input breakpoint exit quit help eval exec compile copyrig
 ABSENT_BUILTINS: Final = frozenset(_ABSENT.split())
 
 
-def claims(code: bytes, inputs: list[bytes], names: Namespace, result_bytes: int) -> Iterator[bytes]:
-    """One claim for each input, a letter and its content of at most `result_bytes`.
+class Stage:
+    """Where programs run, set up before the fork: every object that a child makes or touches costs it a page fault."""
 
-    V  the value as JSON      E  why there is none      M  memory ran out      L  the value is too long
-    """
-    # Each input gets builtins of its own; a copy touches all of them, so the only input of a child goes without.
-    spares = [dict(names) for _ in inputs[1:]]
-    for argument, namespace in zip(inputs, [names, *spares], strict=True):
-        yield _claim(code, argument, namespace, result_bytes)
+    def __init__(self, names: Namespace, result_bytes: int) -> None:
+        self._names = names
+        self._result_bytes = result_bytes
+        self._module = self._new_module()
+
+    def claims(self, code: bytes, inputs: list[bytes]) -> Iterator[bytes]:
+        """One claim for each input, a letter and its content of at most `result_bytes`.
+
+        V  the value as JSON      E  why there is none      M  memory ran out      L  the value is too long
+        """
+        # Each input gets globals and builtins of its own; the only input of a child takes those that are there.
+        modules = [self._module, *(self._new_module() for _ in inputs[1:])]
+        for argument, module in zip(inputs, modules, strict=True):
+            sys.modules[MODULE_NAME] = module  # dataclasses look their module up
+            yield _claim(code, argument, vars(module), self._result_bytes)
+
+    def _new_module(self) -> types.ModuleType:
+        module = types.ModuleType(MODULE_NAME)
+        vars(module)["__builtins__"] = dict(self._names)
+        return module
 
 
 def builtin_names(allowed_imports: Collection[str]) -> Namespace:
@@ -50,12 +64,8 @@ def builtin_names(allowed_imports: Collection[str]) -> Namespace:
     return names | {"__import__": guarded_import, "getattr": guarded_getattr}
 
 
-def _claim(code: bytes, argument: bytes, names: Namespace, result_bytes: int) -> bytes:
+def _claim(code: bytes, argument: bytes, namespace: Namespace, result_bytes: int) -> bytes:
     try:
-        module = types.ModuleType(MODULE_NAME)
-        sys.modules[MODULE_NAME] = module  # dataclasses look their module up
-        namespace = vars(module)
-        namespace["__builtins__"] = names
         exec(marshal.loads(code), namespace)
         arguments, named = _arguments(argument, namespace)
         text = encode_in_order(namespace["f"](*arguments, **named))

@@ -19,7 +19,7 @@ from typing import Final
 from azr_async.adapters.sandbox.inside import layers
 from azr_async.adapters.sandbox.inside.canaries import CANARY, attempts
 from azr_async.adapters.sandbox.inside.clock import shift_clock
-from azr_async.adapters.sandbox.inside.program import Namespace, builtin_names, claims
+from azr_async.adapters.sandbox.inside.program import Stage, builtin_names
 from azr_async.adapters.sandbox.inside.wire import ORDER, REPORT, read_frame, split_parts, write_frame
 
 STRAGGLER_SECONDS: Final = 0.1
@@ -66,25 +66,25 @@ def main(options: layers.Options) -> None:
     sys.setrecursionlimit(1000)
     _warm_up(options)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    stage = Stage(names, options["result_bytes"])
     write_frame(layers.RESULT_FD, json.dumps(report).encode())
     gc.collect()
     gc.freeze()
-    result_bytes = options["result_bytes"]
     while len(order := os.read(layers.CONTROL_FD, ORDER.size)) == ORDER.size:
         wall_milliseconds, cpu_seconds = ORDER.unpack(order)
         child = os.fork()
         if child == 0:
-            _be_the_child(wall, cpu_seconds, names, result_bytes)
+            _be_the_child(wall, cpu_seconds, stage)
         os.write(layers.REPORT_FD, _wait(child, wall_milliseconds / 1000))
 
 
-def _be_the_child(wall: layers.ChildWall, cpu_seconds: int, names: Namespace, result_bytes: int) -> None:
+def _be_the_child(wall: layers.ChildWall, cpu_seconds: int, stage: Stage) -> None:
     """Read the request, answer it, end."""
     status = 1
     try:
         wall.put_on(cpu_seconds)
         code, *inputs = split_parts(read_frame(layers.REQUEST_FD) or b"")
-        answers = attempts(code) if code[:1] == CANARY else claims(code, inputs, names, result_bytes)
+        answers = attempts(code) if code[:1] == CANARY else stage.claims(code, inputs)
         for answer in answers:
             write_frame(layers.RESULT_FD, answer)
         status = 0
@@ -138,7 +138,8 @@ def _warm_up(options: layers.Options) -> None:
     code = marshal.dumps(compile(_WARM_UP, "<program>", "exec"))
     argument = b"A" + marshal.dumps((([3, 1, 2],), {}))
     names = builtin_names({*options["allowed_imports"], "math", "collections"})
-    for claim in claims(code, [argument] * 20, names, options["result_bytes"]):
+    stage = Stage(names, options["result_bytes"])
+    for claim in (claim for _ in range(20) for claim in stage.claims(code, [argument])):
         if claim[:1] != b"V":
             raise RuntimeError(f"the warm-up program failed: {claim!r}")
 

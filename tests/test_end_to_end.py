@@ -1,0 +1,148 @@
+"""Whole runs, as a user starts them: real processes, real sockets, the shipped starter."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from tests.random_models import byte_tokenizer
+
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    *("--flow.propose-samples", "2", "--flow.solve-samples", "8", "--solve.attempts", "4"),
+    *("--solve.trained-attempts", "4", "--library.seed-tasks", "4", "--checkpoint.every-steps", "2"),
+)
+RUN_SECONDS = 240.0
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
+
+
+def start(output: Path, *options: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "run.py", "--output", str(output), *SMALL, *options]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(output: Path, *options: str) -> str:
+    process = start(output, *options)
+    text, error = process.communicate(timeout=RUN_SECONDS)
+    assert process.returncode == 0, error + _logs(output)
+    return text
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def processes_of(output: Path) -> list[str]:
+    """Command lines of processes that belong to the run; every process of a run has its directory there."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if any(str(output) in word for word in words):
+            found.append(" ".join(words))
+    return found
+
+
+def _logs(output: Path) -> str:
+    return "".join(f"\n--- {path.name}\n{path.read_text()[-2000:]}" for path in sorted(output.glob("logs/*.log")))
+
+
+def test_two_workers_and_two_ranks_stream_learn_resume_and_leave_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    text = run(output, "--steps", "4", "--inference-workers", "2", "--learner-ranks", "2", "--max-lag", "1")
+    metrics = lines(output)
+    assert [line["version"] for line in metrics] == [0, 1, 2, 3, 4]
+    assert all(line["lag"]["max"] <= line["lag"]["bound"] == 1 for line in metrics)
+    assert all(line["weights"]["canary_max_logp_error"] < 1e-4 for line in metrics)
+    assert metrics[0]["eval"]["n"] == metrics[-1]["eval"]["n"] == 900
+    assert {path.stem for path in (output / "logs").iterdir()} >= {"inference-1", "learner-1", "selfplay"}
+    assert f"files    {output}" in text
+    assert processes_of(output) == []
+    AutoModelForCausalLM.from_pretrained(output / "checkpoints" / "step-000004")
+
+    resumed = subprocess.run(
+        [sys.executable, "run.py", "--resume", str(output), "--steps", "6"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=RUN_SECONDS,
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stderr + _logs(output)
+    assert [line["version"] for line in lines(output)] == [0, 1, 2, 3, 4, 5, 6]
+    assert processes_of(output) == []
+
+
+def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_leaves_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = start(output, "--steps", "500", "--evaluation.suite", "none", "--checkpoint.every-steps", "0")
+    assert process.stdout is not None
+    for line in process.stdout:  # ends with the process, which pytest-timeout bounds
+        if line.startswith("step 2/"):
+            break
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60.0)
+    assert process.returncode == 130, _logs(output)
+    assert processes_of(output) == []
+    last = lines(output)[-1]["step"]
+    assert (output / "checkpoints" / f"step-{last:06d}" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("program", ["inference-0", "selfplay", "learner-0"])
+def test_a_killed_program_ends_the_run_by_name(tmp_path: Path, program: str) -> None:
+    output = tmp_path / "run"
+    process = start(output, "--steps", "500", "--evaluation.suite", "none")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            break
+    module, _, _ = program.partition("-")
+    wanted = f"azr_async.programs.{module}"
+    (victim,) = [
+        found
+        for found in psutil.process_iter(["cmdline"])
+        if wanted in (words := found.info["cmdline"] or []) and str(output) in words
+    ]
+    victim.kill()
+    _, error = process.communicate(timeout=60.0)
+    assert process.returncode == 1
+    assert program in error
+    assert "SIGKILL" in error
+    assert processes_of(output) == []
+
+
+@pytest.mark.parametrize("dialogue", ["azr-base", "azr-chat"])
+def test_a_real_architecture_runs_with_the_full_prompts(tmp_path: Path, dialogue: str) -> None:
+    """A random model proposes nothing valid: the run must train all the same, on what there is."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=258,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=96,
+        max_position_embeddings=8192,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "model")
+    run(
+        tmp_path / "run",
+        *("--model", str(tmp_path / "model"), "--model.dialogue", dialogue, "--steps", "2"),
+        *("--engine.context-tokens", "8192", "--engine.slots", "16", "--learner.microbatch-tokens", "16384"),
+        *("--library.seed-proposals", "8", "--evaluation.suite", "none"),
+    )
+    metrics = lines(tmp_path / "run")
+    assert metrics[-1]["version"] == 2
+    assert metrics[-1]["reward"]["propose_deduction"] == -1.0
+    assert metrics[-1]["weights"]["canary_max_logp_error"] < 1e-4
