@@ -28,7 +28,7 @@ Moment = Annotated[float, Field(ge=0.0, lt=1.0)]
 class Section(BaseModel):
     """A group of settings: frozen, and an unknown name is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -73,10 +73,10 @@ class PlacementConfig(Section):
     """Learner processes; 0 means one per train GPU, or one on the CPU."""
 
     tensor_parallel: PositiveInt = 1
-    """GPUs that one engine spans."""
+    """GPUs that one engine spans; the embedded engine has one."""
 
     mode: Literal["dedicated", "shared"] = "dedicated"
-    """`shared` lets one GPU both generate and learn."""
+    """`shared` is to let one GPU both generate and learn; not possible with the embedded engine yet."""
 
     @model_validator(mode="after")
     def _every_device_has_a_use(self) -> Self:
@@ -137,7 +137,7 @@ class ProposeConfig(Section):
     references: NonNegativeInt = 1
     """K: solved tasks shown to the proposer. 0 is an ablation of the paper."""
 
-    induction_pairs: Annotated[int, Field(ge=2)] = 6
+    induction_pairs: Annotated[int, Field(ge=3)] = 6
     """N: inputs asked for by an induction proposal; half are shown to solvers, half judge them."""
 
     temperature: NonNegativeFloat = 1.0
@@ -151,6 +151,9 @@ class ProposeConfig(Section):
 
     determinism_runs: Annotated[int, Field(ge=1, le=2)] = 2
     """Executions that must agree before a task is valid; 2 run in differently seeded processes."""
+
+    every_pair: bool = False
+    """An induction proposal is valid only if every input gives a result (paper); else failing inputs are left out."""
 
     text_limit: PositiveInt = 1024
     """Longest output text of a valid task, characters. Longer ones are rejected, never cut."""
@@ -239,11 +242,16 @@ class LibraryConfig(Section):
     """Give up seeding a kind after this many proposals, and go on with what there is."""
 
     seed_file: Path | None = None
-    """JSONL of tasks (`task`, `program`, `input` or `inputs`, `message`) to start from, not the identity triplet."""
+    """JSONL of tasks (`task`, `program`, `input` or `inputs`, `message`) to start from, beside the identity triplet;
+    seeding goes on until there are `seed_tasks`."""
 
 
 class SandboxConfig(Section):
     """Where model-written programs run."""
+
+    require: Literal["strict", "best-effort"] = "strict"
+    """`strict` refuses to start unless the isolation layers that hold hostile programs were seen to work
+    (docs/sandbox.md); `best-effort` starts anyway and reports what is missing."""
 
     workers: PositiveInt = 2
     """Programs run side by side."""
@@ -385,7 +393,7 @@ class WeightsConfig(Section):
     canary_tolerance: PositiveFloat = 1e-4
     """Largest difference, in nats, between engine and learner on the canary sequences (1e-4 fits float32)."""
 
-    port: NonNegativeInt = 0
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
     """TCP port of the weight group on the learner's host; 0 picks a free one."""
 
 
@@ -405,10 +413,12 @@ class WiresConfig(Section):
     """A peer silent for longer has vanished."""
 
     start_seconds: PositiveFloat = 300.0
-    """A program that is not ready by then has failed to start."""
+    """A program that is not ready by then has failed to start. The first batch and the first evaluation may take this
+    long on top of step_seconds, for self-play fills its library before."""
 
     step_seconds: PositiveFloat = 600.0
-    """Longest wait of the learner for a batch, and of self-play for a generation."""
+    """Longest wait of the learner for a batch or an evaluation (the first ones: start_seconds more), and of self-play
+    for a generation."""
 
     message_mb: PositiveInt = 256
     """Largest message."""
@@ -477,6 +487,11 @@ class Config(Section):
                 f"learner.objective = none trains data up to {self.flow.max_lag} steps old without correction. "
                 "Choose decoupled-ppo, masked-is or cispo, set flow.max_lag to 0, "
                 "or insist with learner.allow_uncorrected."
+            )
+        if self.learner.minibatches > 1 and self.learner.proximal == "detached":
+            yield (
+                f"learner.minibatches = {self.learner.minibatches} with learner.proximal = detached has no trust "
+                "region: the ratio is 1 in every update. Set learner.proximal to recomputed, or learner.minibatches to 1."
             )
         longest = max(self.propose.max_tokens, self.solve.max_tokens)
         if longest >= self.engine.context_tokens:

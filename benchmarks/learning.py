@@ -18,6 +18,9 @@ from rich.table import Table
 from runs import read_lines, run, write_json
 from scipy.stats import binomtest, t
 
+LEAST_GAIN = 0.10
+LARGEST_P = 0.01
+
 
 def main() -> None:
     """Run all pairs and print the table."""
@@ -33,6 +36,17 @@ def main() -> None:
                 Console().print(f"seed {seed}, {'shuffled' if shuffled else 'rewarded'}: {rows[-1]}")
     show(rows)
     write_json(arguments.output, "learning", rows)
+    raise SystemExit(0 if is_shown(rows) else "not shown: a run gained too little, or a control improved")
+
+
+def is_shown(rows: list[dict[str, Any]]) -> bool:
+    """Every run with real rewards gains LEAST_GAIN (p < 0.01), and no control improves (p >= 0.01)."""
+    return all(
+        row["p"] >= LARGEST_P
+        if row["shuffled"]
+        else row["p"] < LARGEST_P and row["after"] - row["before"] >= LEAST_GAIN
+        for row in rows
+    )
 
 
 def measured(folder: Path) -> dict[str, Any]:

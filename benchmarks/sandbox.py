@@ -41,14 +41,12 @@ COMPUTING = "import time\ndef f(x):\n    total = {n}\n    for i in range(x[0]):\
 ENDLESS = "def f(x):\n    while True:\n        pass\n# {n}"
 INPUT = "[3, 1, 2]"
 FORKS = """
-import os, time
-started = time.perf_counter()
+import os
 for _ in range({n}):
     child = os.fork()
     if child == 0:
         os._exit(0)
     os.wait4(child, 0)
-print({n} / (time.perf_counter() - started))
 """
 
 Measure = Callable[[SandboxPool, int], Awaitable[int]]
@@ -66,22 +64,28 @@ class Measured:
     p99_ms: float
     parent_microseconds: float
     """CPU time of the pool's own process for one execution."""
+    cpu_microseconds: float
+    """CPU time of all processes together for one execution; unlike a rate, it bears other work on the machine."""
 
 
 def main() -> None:
     """Measure everything, repeats interleaved, print medians and ratios."""
     arguments = _parser().parse_args()
-    floors: dict[str, list[float]] = {}
+    floors: dict[str, list[tuple[float, float]]] = {}
     rows: list[Measured] = []
     for _ in range(arguments.repeats):
         for name, floor in FLOORS.items():
-            floors.setdefault(name, []).append(floor(arguments.programs))
+            floors.setdefault(name, []).append(timed(floor, arguments.programs))
         for workers in range(1, arguments.workers + 1):
             for name, measure in LOADS.items():
                 rows.append(uvloop.run(measured(name, measure, workers, arguments.programs)))
                 Console(stderr=True).print(rows[-1])
     soak = uvloop.run(soaked(arguments.soak, arguments.workers))
-    medians = {name: statistics.median(rates) for name, rates in floors.items()}
+    medians = {
+        name: {"executions_per_second": rate, "cpu_microseconds": cpu}
+        for name, same in floors.items()
+        for rate, cpu in [[statistics.median(column) for column in zip(*same, strict=True)]]
+    }
     show(medians, rows, soak)
     write_json(arguments.output, "sandbox", {"floors": medians, "loads": [asdict(row) for row in rows], "soak": soak})
 
@@ -89,34 +93,45 @@ def main() -> None:
 # ---------------------------------------------------------------- floors
 
 
-def forks(count: int) -> float:
+def timed(floor: Callable[[int], int], count: int) -> tuple[float, float]:
+    """Executions per second of wall time, and microseconds of CPU time for one."""
+    started, cpu = time.perf_counter(), cpu_seconds()
+    executions = floor(count)
+    seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu
+    return executions / seconds, 1e6 * cpu / executions
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
+
+
+def forks(count: int) -> int:
     """Fork, end, wait, in an interpreter that has loaded nothing."""
-    script = [sys.executable, "-S", "-c", FORKS.format(n=count)]
-    done = subprocess.run(script, capture_output=True, text=True, check=True, timeout=300)
-    return float(done.stdout)
+    count *= 5  # so that its start does not count
+    subprocess.run([sys.executable, "-S", "-c", FORKS.format(n=count)], check=True, timeout=300)
+    return count
 
 
-def fresh_interpreters(count: int) -> float:
+def fresh_interpreters(count: int) -> int:
     """A new interpreter for every program, with nothing that slows its start."""
     count = max(10, count // 50)
-    started = time.perf_counter()
     for number in range(count):
         program = f"{TRIVIAL[number % 4].format(n=number)}\nprint(repr(f({INPUT})))"
         subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, check=True, timeout=60)
-    return count / (time.perf_counter() - started)
+    return count
 
 
-def unisolated(count: int) -> float:
+def unisolated(count: int) -> int:
     """Every program in this process: what no isolation costs."""
-    started = time.perf_counter()
     for number in range(count):
         names: dict[str, Any] = {}
         exec(TRIVIAL[number % 4].format(n=number), names)
         repr(names["f"]([3, 1, 2]))
-    return count / (time.perf_counter() - started)
+    return count
 
 
-FLOORS: dict[str, Callable[[int], float]] = {
+FLOORS: dict[str, Callable[[int], int]] = {
     "fork and wait, empty child": forks,
     "fresh interpreter per program": fresh_interpreters,
     "one process, no isolation": unisolated,
@@ -204,11 +219,22 @@ async def measured(name: str, measure: Measure, workers: int, count: int) -> Mea
     async with SandboxPool(workers=workers, wall_seconds=5.0, cpu_seconds=1.0, label=LABEL) as pool:
         await run_all(pool, [f"def f(x): return {number}" for number in range(50)], INPUT, times=2)
         pool.meter.forget_latencies()
-        started, cpu = time.perf_counter(), time.process_time()
+        started, own, theirs = time.perf_counter(), time.process_time(), sandbox_cpu_seconds()
         executions = await measure(pool, count)
-        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-        latency = pool.meter.latency_ms(50, 99)
-        return Measured(name, workers, executions / seconds, latency[50], latency[99], 1e6 * cpu / executions)
+        seconds, own = time.perf_counter() - started, time.process_time() - own
+        latency, cpu = pool.meter.latency_ms(50, 99), own + sandbox_cpu_seconds() - theirs
+        each = 1e6 / executions
+        return Measured(name, workers, executions / seconds, latency[50], latency[99], own * each, cpu * each)
+
+
+def sandbox_cpu_seconds() -> float:
+    """CPU time of the sandbox's processes and of every program that they waited for."""
+    fields = [_text(path / "stat").rpartition(")")[2].split() for path in sandboxed_processes()]
+    return sum(sum(map(int, each[11:15])) for each in fields) / os.sysconf("SC_CLK_TCK")
+
+
+def sandboxed_processes() -> list[Path]:
+    return [path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if LABEL in _text(path)]
 
 
 # ---------------------------------------------------------------- soak
@@ -244,7 +270,7 @@ async def soaked(count: int, workers: int) -> dict[str, float]:
 
 def left_over() -> dict[str, float]:
     """Processes of the sandbox, descriptors of this process, memory of both."""
-    mine = [path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if LABEL in _text(path)]
+    mine = sandboxed_processes()
     sandboxed = sum(_resident_pages(path) for path in mine)
     return {
         "processes": len(mine),
@@ -266,21 +292,19 @@ def _text(path: Path) -> str:
         return ""
 
 
-def show(floors: dict[str, float], rows: list[Measured], soak: dict[str, float]) -> None:
+def show(floors: dict[str, dict[str, float]], rows: list[Measured], soak: dict[str, float]) -> None:
     """Medians of the repeats, beside the floor of forking."""
-    fork = floors["fork and wait, empty child"]
-    table = Table(
-        "load", "workers", "executions/s", "of the fork floor", "p50 ms", "p99 ms", "parent us", title="sandbox"
-    )
-    for name, rate in floors.items():
-        table.add_row(f"[dim]{name}", "", f"{rate:,.0f}", f"{rate / fork:.2f}", "", "", "")
+    fork = floors["fork and wait, empty child"]["executions_per_second"]
+    columns = ("load", "workers", "executions/s", "of fork floor", "p50 ms", "p99 ms", "CPU us", "parent us")
+    table = Table(*columns, title="sandbox")
+    for name, floor in floors.items():
+        rate, cpu = floor["executions_per_second"], floor["cpu_microseconds"]
+        table.add_row(name, "", f"{rate:,.0f}", f"{rate / fork:.2f}", "", "", f"{cpu:,.0f}", "", style="dim")
+    fields = ("executions_per_second", "p50_ms", "p99_ms", "cpu_microseconds", "parent_microseconds")
     for name, workers in dict.fromkeys((row.load, row.workers) for row in rows):
         same = [row for row in rows if (row.load, row.workers) == (name, workers)]
-        rate, p50, p99, parent = (
-            statistics.median(getattr(row, field) for row in same)
-            for field in ("executions_per_second", "p50_ms", "p99_ms", "parent_microseconds")
-        )
-        cells = (f"{rate:,.0f}", f"{rate / fork:.2f}", f"{p50:.2f}", f"{p99:.2f}", f"{parent:.0f}")
+        rate, p50, p99, cpu, parent = (statistics.median(getattr(row, field) for row in same) for field in fields)
+        cells = (f"{rate:,.0f}", f"{rate / fork:.2f}", f"{p50:.2f}", f"{p99:.2f}", f"{cpu:,.0f}", f"{parent:,.0f}")
         table.add_row(name, str(workers), *cells)
     Console().print(table)
     Console().print(soak)

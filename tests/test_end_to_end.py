@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +21,66 @@ SMALL = (
     *("--solve.trained-attempts", "4", "--library.seed-tasks", "4", "--checkpoint.every-steps", "2"),
 )
 RUN_SECONDS = 240.0
+SETTLE_SECONDS = 5.0
+"""The kernel may still be clearing away what was killed."""
+
+Start = Callable[..., "subprocess.Popen[str]"]
+Run = Callable[..., str]
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
 
 
-def start(output: Path, *options: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "run.py", "--output", str(output), *SMALL, *options]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts runs, and ends what a failed test has left of them; their programs die with their launcher."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start_run(*options: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "run.py", *options]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield start_run
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
-def run(output: Path, *options: str) -> str:
-    process = start(output, *options)
-    text, error = process.communicate(timeout=RUN_SECONDS)
-    assert process.returncode == 0, error + _logs(output)
-    return text
+@pytest.fixture
+def run(start: Start) -> Run:
+    """A whole run: its folder, then options."""
+
+    def run_to_its_end(output: Path, *options: str) -> str:
+        process = start("--output", str(output), *SMALL, *options)
+        text, error = process.communicate(timeout=RUN_SECONDS)
+        assert process.returncode == 0, error + _logs(output)
+        return text
+
+    return run_to_its_end
 
 
 def lines(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def processes_of(output: Path) -> list[str]:
-    """Command lines of processes that belong to the run; every process of a run has its directory there."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if any(str(output) in word for word in words):
-            found.append(" ".join(words))
-    return found
+def processes_of(output: Path) -> list[psutil.Process]:
+    """What is alive of the run after a moment; every process of a run has its directory in its command line."""
+    found = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any(str(output) in word for word in process.info["cmdline"] or [])
+    ]
+    _, alive = psutil.wait_procs(found, timeout=SETTLE_SECONDS)
+    return alive
 
 
 def _logs(output: Path) -> str:
     return "".join(f"\n--- {path.name}\n{path.read_text()[-2000:]}" for path in sorted(output.glob("logs/*.log")))
 
 
-def test_two_workers_and_two_ranks_stream_learn_resume_and_leave_nothing(tmp_path: Path) -> None:
+def test_two_workers_and_two_ranks_stream_learn_resume_and_leave_nothing(
+    tmp_path: Path, start: Start, run: Run
+) -> None:
     output = tmp_path / "run"
     text = run(output, "--steps", "4", "--inference-workers", "2", "--learner-ranks", "2", "--max-lag", "1")
     metrics = lines(output)
@@ -66,22 +93,18 @@ def test_two_workers_and_two_ranks_stream_learn_resume_and_leave_nothing(tmp_pat
     assert processes_of(output) == []
     AutoModelForCausalLM.from_pretrained(output / "checkpoints" / "step-000004")
 
-    resumed = subprocess.run(
-        [sys.executable, "run.py", "--resume", str(output), "--steps", "6"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=RUN_SECONDS,
-        check=False,
-    )
-    assert resumed.returncode == 0, resumed.stderr + _logs(output)
+    resumed = start("--resume", str(output), "--steps", "6")
+    _, error = resumed.communicate(timeout=RUN_SECONDS)
+    assert resumed.returncode == 0, error + _logs(output)
     assert [line["version"] for line in lines(output)] == [0, 1, 2, 3, 4, 5, 6]
     assert processes_of(output) == []
 
 
-def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_leaves_nothing(tmp_path: Path, start: Start) -> None:
     output = tmp_path / "run"
-    process = start(output, "--steps", "500", "--evaluation.suite", "none", "--checkpoint.every-steps", "0")
+    process = start(
+        "--output", str(output), *SMALL, "--steps", "500", "--evaluation.suite", "none", "--checkpoint.every-steps", "0"
+    )
     assert process.stdout is not None
     for line in process.stdout:  # ends with the process, which pytest-timeout bounds
         if line.startswith("step 2/"):
@@ -95,9 +118,9 @@ def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_leaves_nothing(tmp_pat
 
 
 @pytest.mark.parametrize("program", ["inference-0", "selfplay", "learner-0"])
-def test_a_killed_program_ends_the_run_by_name(tmp_path: Path, program: str) -> None:
+def test_a_killed_program_ends_the_run_by_name(tmp_path: Path, program: str, start: Start) -> None:
     output = tmp_path / "run"
-    process = start(output, "--steps", "500", "--evaluation.suite", "none")
+    process = start("--output", str(output), *SMALL, "--steps", "500", "--evaluation.suite", "none")
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 1/"):
@@ -118,7 +141,7 @@ def test_a_killed_program_ends_the_run_by_name(tmp_path: Path, program: str) -> 
 
 
 @pytest.mark.parametrize("dialogue", ["azr-base", "azr-chat"])
-def test_a_real_architecture_runs_with_the_full_prompts(tmp_path: Path, dialogue: str) -> None:
+def test_a_real_architecture_runs_with_the_full_prompts(tmp_path: Path, dialogue: str, run: Run) -> None:
     """A random model proposes nothing valid: the run must train all the same, on what there is."""
     torch.manual_seed(0)
     config = Qwen2Config(

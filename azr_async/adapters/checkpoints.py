@@ -61,7 +61,9 @@ def save(
     keep: int,
     extra: Mapping[str, float],
 ) -> Path:
-    """Write `root/step-NNNNNN` whole or not at all, then delete all but the `keep` newest. Returns the folder.
+    """Write `root/step-NNNNNN` whole or not at all, then delete all up to it but the `keep` newest.
+
+    Returns the folder.
 
     Raises:
         AzrError: the disk is full; nothing of this checkpoint is left.
@@ -77,9 +79,19 @@ def save(
         _write_json(draft / RESUME_FILE, {"format": FORMAT, "step": step, "version": version, "extra": dict(extra)})
         files = {path.name: _fingerprint(path) for path in sorted(draft.iterdir())}
         _write_json(draft / MANIFEST_FILE, {"format": FORMAT, "files": files})
-    for old in _complete(root)[:-keep]:
-        shutil.rmtree(old)
+    for old in [path for path in _complete(root) if _step(path) <= step][:-keep]:
+        _remove(old)
     return folder
+
+
+def remove_after(root: Path, step: int) -> None:
+    """Delete the checkpoints of later steps than `step`: a run that goes on from there takes those steps anew.
+
+    Left where they are, they would count as the newest of a run that they do not belong to.
+    """
+    for path in _complete(root):
+        if _step(path) > step:
+            _remove(path)
 
 
 def load(folder: Path) -> Resume:
@@ -130,7 +142,17 @@ def newest(root: Path) -> Path | None:
 
 def _complete(root: Path) -> list[Path]:
     found = [path for path in root.glob("step-*") if _NAME.fullmatch(path.name) and (path / MANIFEST_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _remove(folder: Path) -> None:
+    # The manifest first: whatever happens in between, half a checkpoint does not count as one.
+    (folder / MANIFEST_FILE).unlink()
+    shutil.rmtree(folder)
 
 
 def _way_out(folder: Path) -> str:

@@ -124,7 +124,7 @@ class RemoteEngines:
             names = ", ".join(self._expected_workers)
             raise EngineError(
                 f"no inference worker was ready after {self._ready_seconds:g} s: {names} did not come up. "
-                "Look at logs/<worker>.log, or raise the deadline if the model only loads slowly."
+                "Look at logs/<worker>.log, or raise wires.start_seconds if the model only loads slowly."
             ) from None
         if self._requests:
             raise EngineError(
@@ -154,13 +154,17 @@ class RemoteEngines:
             self._deadlines[lease.job.job_id] = timer
 
     def _expire(self, lease: "_Lease") -> None:
+        """The first job that is too late speaks for all that its worker has: they end with the same words."""
         worker, job_id = lease.worker.name, lease.job.job_id
         if job_id in self._requests:
+            open_ids = [held for held in self._schedule.held_by(lease.worker) if held in self._requests]
             reason = (
-                f"inference worker {worker} has had job {job_id} for {self._job_seconds:g} s and "
-                f"{len(lease.missing)} samples are missing. Look at logs/{worker}.log, or allow more time."
+                f"inference worker {worker} is too slow: the oldest of its {len(open_ids)} open jobs has been there "
+                f"for {self._job_seconds:g} s, and {len(lease.missing)} samples of it are missing. "
+                f"Look at logs/{worker}.log, or raise wires.step_seconds."
             )
-            self._requests[job_id].answers.put_nowait(EngineError(reason))
+            for open_id in open_ids:
+                self._requests[open_id].answers.put_nowait(EngineError(reason))
 
     def _take(self, results: GenerationResults) -> None:
         self.totals[results.worker] = WorkerTotals(results.busy_seconds, results.generated_tokens)
@@ -274,6 +278,10 @@ class _Schedule:
                 worker.room -= job.samples
                 return lease
         return None
+
+    def held_by(self, worker: _Worker) -> list[int]:
+        """Ids of the jobs of which a worker still owes samples."""
+        return [job_id for job_id, lease in self.leases.items() if lease.worker is worker]
 
     def settle(self, completion: Completion) -> _Lease | None:
         """Take one sample off what its worker owes; None when nobody owes it."""

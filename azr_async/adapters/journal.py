@@ -56,9 +56,14 @@ class SqliteJournal:
                 "INSERT INTO tasks (task, program, pairs, shown, message, version) VALUES (?, ?, ?, ?, ?, ?)", row
             )
         except sqlite3.Error as error:
-            raise CheckpointError(
-                f"{self._path} cannot be written: {error}. Free disk space and continue with --resume."
-            ) from error
+            raise self._unwritable(error) from error
+
+    def forget_after(self, version: int) -> None:
+        """Delete, all at once, the tasks that were found under newer weights: a resumed run finds tasks of its own."""
+        try:
+            self._connection.execute("DELETE FROM tasks WHERE version > ?", (version,))
+        except sqlite3.Error as error:
+            raise self._unwritable(error) from error
 
     def problems(self) -> list[Problem]:
         """All tasks, oldest first."""
@@ -75,6 +80,9 @@ class SqliteJournal:
                 )
                 for task, program, pairs, shown, message in rows
             ]
+
+    def _unwritable(self, error: sqlite3.Error) -> CheckpointError:
+        return CheckpointError(f"{self._path} cannot be written: {error}. Free disk space and continue with --resume.")
 
     def __enter__(self) -> Self:
         return self

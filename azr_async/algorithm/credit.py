@@ -50,8 +50,8 @@ def task_relative_advantages(
 
         A = (R - mean) / sqrt(variance + 1e-8),   statistics per cell
 
-    Zhao et al. 2025 (Absolute Zero), arXiv:2505.03335, section 3.3 (Task-Relative REINFORCE++). The window of the
-    statistics is the batch, whatever versions it mixes.
+    Zhao et al. 2025 (Absolute Zero), arXiv:2505.03335, section 3.3.5, Eq. 8 (Task-Relative REINFORCE++); the floor
+    of 1e-8 is the published code's. The window of the statistics is the batch, whatever versions it mixes.
 
     Args:
         rewards: [n] dimensionless.

@@ -16,9 +16,12 @@ def rollouts_of_group(
 
     The attempts that are trained on are the first by index, not the first to end: short answers end first.
     """
-    if any(len(item.attempt.completion.token_ids) == 0 for item in judged):
-        return []  # the prompt did not fit the context: there is nothing to train, nor to judge the proposer by
     problem = challenge.problem
+    if is_too_long(judged):  # a task that nobody can be asked is no valid task
+        if challenge.proposal is None:
+            return []
+        completion = challenge.proposal.completion
+        return [_rollout("propose", problem.task, challenge.group_id, completion, MALFORMED, rollout_ids)]
     rollouts = [
         _rollout("solve", problem.task, challenge.group_id, item.attempt.completion, item.reward, rollout_ids)
         for item in sorted(judged, key=lambda item: item.attempt.completion.index)[: challenge.trained_attempts]
@@ -29,6 +32,11 @@ def rollouts_of_group(
         completion = challenge.proposal.completion
         rollouts.append(_rollout("propose", problem.task, challenge.group_id, completion, reward, rollout_ids))
     return rollouts
+
+
+def is_too_long(judged: Sequence[Judged]) -> bool:
+    """Did the task's prompt not fit the model's context?"""
+    return any(item.attempt.completion.finish == "prompt_too_long" for item in judged)
 
 
 def rollout_of_rejection(rejected: Rejected, *, rollout_ids: Iterator[int]) -> Rollout:

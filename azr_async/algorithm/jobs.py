@@ -1,4 +1,4 @@
-"""Generation jobs: what a stage asks an engine for. Seeds depend on the run's seed and the group, never on timing."""
+"""Generation jobs: what a stage asks an engine for. Seeds depend on the loop's seed and the group, never on timing."""
 
 import hashlib
 
@@ -30,6 +30,17 @@ def generation_job(
 
 
 def job_seed(seed: int, role: Role, group_id: int) -> int:
-    """63 bits that are unrelated for different runs, roles and groups."""
-    digest = hashlib.blake2b(f"{seed} {role} {group_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    """63 bits that are unrelated for different loops, roles and groups."""
+    return _digest(f"{seed} {role} {group_id}")
+
+
+def loop_seed(run_seed: int, start_version: int) -> int:
+    """The seed of a self-play loop that starts with weights of `start_version`: the run's own at version 0.
+
+    A resumed run counts its groups from 0 again. With the run's seed it would draw again what it drew at its start.
+    """
+    return run_seed if start_version == 0 else _digest(f"{run_seed} from version {start_version}")
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

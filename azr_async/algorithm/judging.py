@@ -1,8 +1,8 @@
 """The solver's reward: what the outcomes of running an answer say about it. Pure; `stages/verify.py` does the running.
 
-Zhao et al. 2025 (Absolute Zero), arXiv:2505.03335, section 3.2: 1 for a right answer, -0.5 for a well-formed wrong
-one, -1 for one that has not the asked form. The gold value is compared here, outside the process that ran the answer,
-as canonical text; so an answer can neither see it nor decide what "equal" means.
+Zhao et al. 2025 (Absolute Zero), arXiv:2505.03335, section 3.1, Eq. 5 and 6: 1 for a right answer, -0.5 for a
+well-formed wrong one, -1 for one that has not the asked form. The gold value is compared here, outside the
+process that ran the answer, as canonical text; so an answer can neither see it nor decide what "equal" means.
 
 An answer has not the asked form if it never came to run: it is no literal (deduction), no argument list of literals
 (abduction), no Python program that defines `f` within the rules (induction). Whatever happens to it later - an error, a

@@ -1,7 +1,7 @@
 """The valid tasks that self-play has found: bounded, without duplicates, deterministic given a seed.
 
-The proposer's references and the solver's top-up tasks are drawn from here, uniformly and without
-replacement (paper, section 3.3.1). The published code keeps the oldest tasks when its buffer is full;
+The proposer's references and the solver's top-up tasks are drawn from here, uniformly (paper,
+section 3.3.2) and without replacement. The published code keeps the oldest tasks when its buffer is full;
 ours lets go of those that were drawn most often, oldest first, and never of the newest.
 """
 

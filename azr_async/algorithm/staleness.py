@@ -1,15 +1,20 @@
 """How much work may be alive, and how old a token can then be. All version arithmetic is here.
 
-Version = number of optimizer steps inside the weights. A sample trained by the step that turns
-version v into v + 1 has `lag = v - (version of its oldest trained token)`.
+Version = number of batches that the weights were trained on: optimizer steps, with one mini-batch each.
+A sample of the batch that turns version v into v + 1 has `lag = v - (version of its oldest trained token)`.
 
 Why the bound holds without waste. Each (role, task) cell of batch size b owns (max_lag + 1) b slots.
 A slot is charged when a sample is admitted and comes back when weights that contain the sample have
-reached every engine (or at once, when the sample turns out not to exist). So at most
-(max_lag + 1) b + x b samples were ever admitted under version x or older, of which v b have been
-consumed before the batch of version v. With x = v - max_lag that leaves at most b: taking the oldest
-first, and waiting for those that are still being generated, every sample is trained within its bound
-and none is dropped. `late = "drop"` does not wait, and sweeps what has become too old.
+reached every engine (or at once, when the sample turns out not to exist). Call a sample due at w when it
+was admitted under version w - max_lag or older: it must be in batch w at the latest. The slots keep
+
+    due(w) <= (w - v + 1) b    for every w >= v, whenever batch v is composed,
+
+for those not yet in a batch; and batch v may go only if it leaves at most (w - v) b of them for each w,
+which keeps the inequality for v + 1. Where it would leave more, because too many of the due are still
+being generated, it waits for them. So every sample is trained within its bound and none is dropped.
+`late = "drop"` does not wait, and sweeps what has become too old. (A solver cell that was excused
+from a batch has consumed nothing, so the inequality is not kept there: it may drop.)
 """
 
 from collections.abc import Collection, Iterable
@@ -53,8 +58,14 @@ class _CellState:
     def charged(self) -> int:
         return sum(count for count, _ in self.flying.values()) + len(self.ready) + sum(self.training.values())
 
-    def oldest_flying(self) -> int | None:
-        return min((version for _, version in self.flying.values()), default=None)
+    def must_wait(self, version: int, max_lag: int) -> bool:
+        """Would the batch of `version`, taken now, leave more due samples than later batches can hold?"""
+        for due_at in range(version, version + max_lag + 1):
+            ready = sum(oldest <= due_at - max_lag for oldest, _, _ in self.ready)
+            flying = sum(count for count, admitted in self.flying.values() if admitted <= due_at - max_lag)
+            if min(self.batch, ready + flying - (due_at - version) * self.batch) > ready:
+                return True
+        return False
 
 
 @dataclass(slots=True)
@@ -134,8 +145,7 @@ class Flow:
         chosen: list[tuple[_CellState, list[tuple[int, int, Rollout]]]] = []
         for (role, task), cell in self._cells.items():
             excused = role == "solve" and task not in solvable and cell.charged() == 0
-            oldest = cell.oldest_flying()
-            must_wait = self.late == "wait" and oldest is not None and oldest <= version - self.max_lag
+            must_wait = self.late == "wait" and cell.must_wait(version, self.max_lag)
             if not excused and (len(cell.ready) < cell.batch or must_wait):
                 return None
             chosen.append((cell, sorted(cell.ready, key=lambda entry: entry[:2])[: cell.batch]))

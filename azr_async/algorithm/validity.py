@@ -9,7 +9,12 @@ MIN_INDUCTION_PAIRS = 2
 
 
 def problem_from(
-    draft: Draft, outcomes: Sequence[Outcome], *, text_limit: int, held_out_programs: Collection[str]
+    draft: Draft,
+    outcomes: Sequence[Outcome],
+    *,
+    text_limit: int,
+    held_out_programs: Collection[str],
+    every_pair: bool = False,
 ) -> Problem | str:
     """The valid task, or the reason why there is none.
 
@@ -17,6 +22,8 @@ def problem_from(
         draft: what the proposer wrote.
         outcomes: one per input of the draft, from runs in differently seeded processes.
         text_limit: longest input or output text, characters; longer ones are rejected, never cut.
+        every_pair: an induction task needs a result for each of its inputs, as in the paper; otherwise inputs that
+            fail are left out, and two that work are enough.
         held_out_programs: `program_key` of every held-out program; a draft that hits one must not be learned from.
     """
     if program_key(draft.program) in held_out_programs:
@@ -28,7 +35,7 @@ def problem_from(
     )
     if draft.task != "induction":
         return Problem(task=draft.task, program=draft.program, pairs=pairs) if pairs else _reason(outcomes)
-    if len(pairs) < MIN_INDUCTION_PAIRS:
+    if len(pairs) < (len(draft.inputs) if every_pair else MIN_INDUCTION_PAIRS):
         return _reason(outcomes)
     shown = (len(pairs) + 1) // 2
     return Problem(task="induction", program=draft.program, pairs=pairs, message=draft.message, shown_pairs=shown)
@@ -40,4 +47,4 @@ def program_key(program: str) -> str:
 
 
 def _reason(outcomes: Sequence[Outcome]) -> str:
-    return next((outcome.status for outcome in outcomes if outcome.status != "ok"), "output_too_long")
+    return next((outcome.status for outcome in outcomes if outcome.status != "ok"), "too_long_or_too_few")

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from azr_async.config import Config
 from azr_async.errors import AzrError, ConfigError
-from azr_async.programs import launcher, preflight
+from azr_async.programs import files, launcher, preflight
 from azr_async.programs.settings_help import expected, print_help, setting_names
 from azr_async.programs.wiring import CONFIG_FILE, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 
@@ -66,8 +66,8 @@ def main(arguments: Sequence[str], *, env: Mapping[str, str]) -> int:
             return EXIT_DONE
         config = load(request)
         if request.is_dry_run:
-            preflight.print_dry_run(Console(), config)
-            return EXIT_DONE
+            can_start = preflight.dry_run(Console(), config, output=request.output, resume=request.resume)
+            return EXIT_DONE if can_start else EXIT_USAGE
         resumed = preflight.check(config, output=request.output, resume=request.resume)
     except AzrError as error:  # nothing was started
         print(error, file=sys.stderr)
@@ -91,8 +91,8 @@ def parse(arguments: Sequence[str]) -> Request:
     parser = _Parser(add_help=False, allow_abbrev=False)
     for option in ("--config", "--output", "--resume"):
         parser.add_argument(option, type=Path)
-    for option in ("--dry-run", "--help"):
-        parser.add_argument(option, action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--help", "-h", action="store_true")
     plain, unknown = argparse.Namespace(), list[str]()
 
     def parse_all(_: argparse.ArgumentParser, texts: list[str]) -> argparse.Namespace:
@@ -124,7 +124,14 @@ def parse(arguments: Sequence[str]) -> Request:
 
 def load(request: Request) -> Config:
     """The resolved configuration. Raises ConfigError that names every problem, where it is and the way out."""
-    path = request.config_file or _config_of_resumed_run(request.resume)
+    path = request.config_file
+    if request.resume is not None:
+        if "path" in request.overrides.get("model", {}):
+            raise ConfigError(
+                "command line: --model and --resume exclude each other: a resumed run goes on with the model of its "
+                "checkpoint. Leave one out; --model CHECKPOINT starts a new run from those weights."
+            )
+        path = path or _config_of_resumed_run(request.resume)
     in_file = {} if path is None else read_tree(path)
     try:
         config = Config.model_validate(_merged(in_file, request.overrides))
@@ -143,6 +150,8 @@ def read_tree(path: Path) -> Tree:
         raise ConfigError(f"{path}: {error.strerror}. The presets are in configs/.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not a text file. The presets in configs/ show what one looks like.") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply. Write `section:` and under it `setting: value`.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -150,14 +159,15 @@ def read_tree(path: Path) -> Tree:
         raise ConfigError(f"{path}: {where}{what}. It is not YAML; mend that line.") from None
     if tree is None:
         return {}
-    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+    if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no sections. Write `section:` and under it, indented, `setting: value`.")
+    sections = [section for section in tree.values() if isinstance(section, dict)]
+    for key in (key for names in (tree, *sections) for key in names if not isinstance(key, str)):
+        raise ConfigError(f"{path}: {key!r} is not the name of a section or setting. Names are words; correct it.")
     return tree
 
 
-def explain(
-    problems: Sequence[ErrorDetails], overrides: Tree, path: Path | None, *, typed: Sequence[str] = ()
-) -> str:
+def explain(problems: Sequence[ErrorDetails], overrides: Tree, path: Path | None, *, typed: Sequence[str] = ()) -> str:
     """All problems, the file or the command line first, one line each: the setting, then what to do about it.
 
     `typed` are lines about the command line that are known already.
@@ -250,10 +260,18 @@ def _merged(base: Tree, above: Tree) -> Tree:
     return {**base, **above, **both}
 
 
-def _config_of_resumed_run(resume: Path | None) -> Path | None:
+def _config_of_resumed_run(resume: Path) -> Path:
     # A checkpoint is <run>/checkpoints/step-NNNNNN; --resume takes that folder or the run's.
-    candidates = [] if resume is None else [resume / CONFIG_FILE, resume.absolute().parent.parent / CONFIG_FILE]
-    return next((path for path in candidates if path.is_file()), None)
+    folder = files.expanded(str(resume)).absolute()
+    if not files.is_dir(folder):
+        raise ConfigError(f"--resume: there is no checkpoint or run folder {resume}. Name one that exists.")
+    run_dir = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    if not files.is_file(run_dir / CONFIG_FILE):
+        raise ConfigError(
+            f"--resume: {resume} is not in a run folder, so there is no {CONFIG_FILE} that tells its settings. Say "
+            "which with --config."
+        )
+    return run_dir / CONFIG_FILE
 
 
 class _Parser(argparse.ArgumentParser):

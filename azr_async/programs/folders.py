@@ -1,11 +1,13 @@
 """The two folders of a run: the one that stays, with its results, and the private one for sockets that goes with it."""
 
+import errno
 import fcntl
 import os
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Final, TextIO
@@ -17,7 +19,8 @@ from azr_async.errors import ConfigError
 from azr_async.programs.wiring import CONFIG_FILE, LAUNCHER_PID_FILE
 
 WIRES_PREFIX: Final = "azr-"
-JOURNAL_FILES: Final = ("journal.sqlite", "journal.sqlite-wal")
+JOURNAL_FILE: Final = "journal.sqlite"
+BOOKS: Final = ("metrics.jsonl", "evaluations.jsonl")
 
 
 def new_run_dir(name: str) -> Path:
@@ -32,13 +35,19 @@ def config_text(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
 
 
-def claimed_run_dir(run_dir: Path, config: Config, journal_from: Path | None) -> TextIO:
+def forget_journal(run_dir: Path) -> None:
+    """Take away the tasks of a run that ended before its first step, for one that starts anew in its folder."""
+    for path in run_dir.glob(f"{JOURNAL_FILE}*"):
+        path.unlink()
+
+
+def claimed_run_dir(run_dir: Path, config: Config, history_from: Path | None) -> TextIO:
     """Make the run's folder with `logs/` and `config.yaml`; other launchers stay out until the result is closed.
 
     Args:
         run_dir: new, empty, or the folder of the run that goes on.
         config: what to write into it.
-        journal_from: another run's folder whose journal is copied, for a run that branches off.
+        history_from: another run's folder whose journal and metrics are copied, for a run that branches off.
 
     Raises ConfigError when the folder cannot be written, or a run is going on in it.
     """
@@ -51,9 +60,8 @@ def claimed_run_dir(run_dir: Path, config: Config, journal_from: Path | None) ->
             file.write(config_text(config))
             file.flush()
             os.fsync(file.fileno())  # a full disk shows here, not minutes later
-            for name in JOURNAL_FILES if journal_from else ():
-                with suppress(FileNotFoundError):
-                    shutil.copyfile(f"{journal_from}/{name}", run_dir / name)
+            if history_from is not None:
+                _copy_history(history_from, run_dir)
         except OSError:
             with suppress(OSError):  # what could not be written is written once more on closing
                 file.close()
@@ -62,10 +70,29 @@ def claimed_run_dir(run_dir: Path, config: Config, journal_from: Path | None) ->
         raise ConfigError(f"another run is going on in {run_dir}. Stop it, or choose another --output.") from None
     except OSError as error:
         raise ConfigError(
-            f"the run directory {run_dir} cannot be written: {error.strerror}. "
-            "Free some space there, or choose another folder with --output."
+            f"the run directory {run_dir} cannot be written: {error.strerror}. {_way_out(error)}"
         ) from None
     return file
+
+
+def _copy_history(old_dir: Path, run_dir: Path) -> None:
+    """The old run may be going on: lines that are not complete are cut off later, the journal copies itself whole."""
+    for name in BOOKS:
+        with suppress(FileNotFoundError):
+            shutil.copyfile(old_dir / name, run_dir / name)
+    journal = old_dir.absolute() / JOURNAL_FILE
+    if not journal.exists():
+        return
+    try:
+        with (
+            closing(sqlite3.connect(f"{journal.as_uri()}?mode=ro", uri=True)) as old,
+            closing(sqlite3.connect(run_dir / JOURNAL_FILE)) as new,
+        ):
+            old.backup(new)
+    except sqlite3.Error as error:
+        raise ConfigError(
+            f"the tasks in {journal} cannot be copied: {error}. Leave --output out to go on in the old folder."
+        ) from error
 
 
 @contextmanager
@@ -85,6 +112,12 @@ def private_wires_dir() -> Iterator[Path]:
             yield wires_dir
     finally:
         shutil.rmtree(wires_dir, ignore_errors=True)
+
+
+def _way_out(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "Free some space there, or choose another folder with --output."
+    return "Choose another folder with --output."
 
 
 def _remove_if_abandoned(pid_file: Path) -> None:

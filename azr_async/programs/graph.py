@@ -6,6 +6,7 @@ admit ────┴─► propose ─► validate ─────► solve ─
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from azr_async.algorithm.staleness import Flow
 from azr_async.config import Config
@@ -33,19 +34,33 @@ Request = BatchRequest | EvaluationRequest | WeightsReady
 Reply = RolloutBatch | EvaluationResult
 
 
-async def self_play(parts: Parts, requests: Receiver[Request], replies: Sender[Reply], *, stop: asyncio.Event) -> None:
+async def self_play(
+    begin: Callable[[int], Awaitable[Parts]],
+    requests: Receiver[Request],
+    replies: Sender[Reply],
+    *,
+    stop: asyncio.Event,
+) -> None:
     """Serve the learner until it closes `requests`; then everything else is cancelled and leaves nothing behind.
 
-    The learner's first message is WeightsReady: from then on the engines hold the weights it trains.
-    `stop` ends admission; what is on its way is still delivered.
+    The learner's first message is WeightsReady: from then on the engines hold the weights it trains. `begin` gives the
+    parts of a loop that starts with weights of that version. `stop` ends admission; what is on its way is still
+    delivered.
     """
+    async with replies:
+        first = await anext(requests, None)
+        if first is not None:  # else the learner ended before it began
+            assert isinstance(first, WeightsReady)
+            await _serve(await begin(first.version), requests, replies, stop)
+
+
+async def _serve(parts: Parts, requests: Receiver[Request], replies: Sender[Reply], stop: asyncio.Event) -> None:
     flow = _flow(parts.config)
+    flow.installed(parts.start_version)
     changed = Changed()
     batch_requests, wanted = channel(BatchRequest)
-    ready = asyncio.Event()
 
     async def work() -> None:
-        await ready.wait()
         await seed(parts)
         parts.report("playing", 0, 0)
         await _stages(parts, flow, changed, wanted, replies, stop)
@@ -54,7 +69,7 @@ async def self_play(parts: Parts, requests: Receiver[Request], replies: Sender[R
         await stop.wait()
         changed.notify()
 
-    async with replies, batch_requests, asyncio.TaskGroup() as group:
+    async with batch_requests, asyncio.TaskGroup() as group:
         tasks = [group.create_task(work(), name="work"), group.create_task(wake_admission_to_stop(), name="stop")]
         async for request in requests:
             match request:
@@ -63,7 +78,6 @@ async def self_play(parts: Parts, requests: Receiver[Request], replies: Sender[R
                 case WeightsReady():
                     flow.installed(request.version)
                     changed.notify()
-                    ready.set()
                 case EvaluationRequest():
                     tasks.append(group.create_task(_answer(parts, request, replies), name="evaluate"))
         for task in tasks:
@@ -91,6 +105,7 @@ async def _stages(
         parts.library,
         tasks=parts.config.flow.tasks,
         usage=parts.usage,
+        gauges=parts.gauges,
         widths={"busy.inference": parts.config.inference_workers, "busy.sandbox": parts.config.sandbox.workers},
         on_change=changed.notify,
     )

@@ -15,10 +15,16 @@ from azr_async.adapters.channels import ZmqReceiver, zmq_receiver
 from azr_async.config import Config
 from azr_async.errors import PeerVanished
 from azr_async.messages import Progress
-from azr_async.programs.folders import claimed_run_dir, new_run_dir, private_wires_dir
+from azr_async.programs.folders import claimed_run_dir, forget_journal, new_run_dir, private_wires_dir
 from azr_async.programs.placement import Placed, command, environment, free_port, place
 from azr_async.programs.preflight import Resumed
-from azr_async.programs.summary import MetricsReader, how_it_failed, how_it_was_interrupted, what_was_learned
+from azr_async.programs.summary import (
+    MetricsReader,
+    how_it_failed,
+    how_it_was_interrupted,
+    what_failed_while_stopping,
+    what_was_learned,
+)
 from azr_async.programs.supervision import Deadlines, Ended, ProgramSpec, RunEnd, Supervisor
 from azr_async.programs.view import View, ViewState, say
 from azr_async.programs.wiring import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, endpoint, read_last_words
@@ -36,8 +42,10 @@ def launch(config: Config, *, output: Path | None, resumed: Resumed | None, env:
     """
     old_dir = resumed.run_dir if resumed else None
     run_dir = output or old_dir or new_run_dir(config.run.name)
-    journal_from = old_dir if old_dir != run_dir else None
-    with claimed_run_dir(run_dir, config, journal_from), private_wires_dir() as wires_dir:
+    history_from = old_dir if old_dir != run_dir else None
+    with claimed_run_dir(run_dir, config, history_from), private_wires_dir() as wires_dir:
+        if resumed is None:
+            forget_journal(run_dir)
         checkpoint = resumed.checkpoint if resumed else None
         specs = program_specs(config, run_dir=run_dir, wires_dir=wires_dir, checkpoint=checkpoint, env=env)
         first_step = 0
@@ -141,7 +149,7 @@ async def _draw(view: View, state: ViewState, supervisor: Supervisor, metrics: M
 def _stop_signals(supervisor: Supervisor, state: ViewState) -> Iterator[None]:
     def on_signal() -> None:
         supervisor.request_stop()
-        state.is_stopping = True
+        state.is_stopping = True  # the view tells
 
     loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     for number in numbers:
@@ -156,16 +164,21 @@ def _stop_signals(supervisor: Supervisor, state: ViewState) -> Iterator[None]:
 def _tell(end: RunEnd, config: Config, *, run_dir: Path, wires_dir: Path, console: Console) -> int:
     lines = MetricsReader(run_dir / "metrics.jsonl").new_lines()
     bad = [one for one in end.programs if one.status != 0 and not one.was_told]
+    if end.kind == "interrupted":
+        left = {one.name: read_last_words(wires_dir, one.name) for one in end.programs}
+        words = {name: last for name, last in left.items() if last is not None}
+        messages = what_failed_while_stopping(end, words, run_dir)
+        for message in messages:
+            print(message, file=sys.stderr)
+        say(console, how_it_was_interrupted(lines, config.run.steps, run_dir, is_saved=not messages))
+        return EXIT_INTERRUPTED
     if end.kind == "failed":
         culprit = _first_cause(bad, wires_dir)
-        words = read_last_words(wires_dir, culprit.name) if culprit else None
-        print(how_it_failed(end, culprit, words.message if words else "", run_dir), file=sys.stderr)
+        last = read_last_words(wires_dir, culprit.name) if culprit else None
+        print(how_it_failed(end, culprit, last.message if last else "", run_dir), file=sys.stderr)
         return EXIT_FAILED
     for one in bad:
         print(f"warning: {one.name} ended with status {one.status}; see {run_dir}/logs/{one.name}.log", file=sys.stderr)
-    if end.kind == "interrupted":
-        say(console, how_it_was_interrupted(lines, config.run.steps, run_dir))
-        return EXIT_INTERRUPTED
     say(console, what_was_learned(lines, run_dir))
     return EXIT_DONE
 

@@ -79,6 +79,9 @@ async def _lead(
     """Rank 0: the whole run, from the first weights to the last checkpoint."""
     resumed_step = loaded.trainer.version if loaded.is_resumed else None
     vocabulary = loaded.model.config.vocab_size
+    if resumed_step is not None:
+        # With the lines that Books cuts off, and before them: the newest checkpoint never lacks its lines.
+        await torch.run(partial(checkpoints.remove_after, run_dir / CHECKPOINTS_FOLDER, resumed_step))
     with Books(run_dir, config, resumed_step=resumed_step) as books:
         async with publishing(config, loaded.trainer, torch, wires, vocabulary=vocabulary) as publisher:
             leader = Leader(

@@ -36,7 +36,8 @@ class Leader:
     """Trains up to `run.steps`, or until a stop is requested.
 
     The next batch is asked for before a step and comes while it is computed. An evaluation runs during the next
-    step, and the next push waits for it, so that it is an evaluation of exactly one version.
+    step, and the next push waits for it, so that it is an evaluation of exactly one version. A checkpoint waits for
+    it too: a run that goes on from there has the lines of all steps before.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Leader:
         self._loaded, self._trainer, self._config = loaded, loaded.trainer, config
         self._torch, self._wires, self._publisher = torch, wires, publisher
         self._books, self._reporter, self._checkpoint_root = books, reporter, checkpoint_root
-        self._saved_step = self._trainer.version
+        self._first_version = self._saved_step = self._trainer.version
         self._started = self._last_step_end = 0.0
         self._unwritten: Record | None = None  # the line of the installed weights, while they are evaluated
 
@@ -73,6 +74,7 @@ class Leader:
             push = await self._publish()
             await self._file(self._record(batch, report, push))
             if self._config.checkpoint.every_steps and report.version % self._config.checkpoint.every_steps == 0:
+                await self._file_evaluated()
                 await self._save()
         await self._file_evaluated()
         await self._save()
@@ -96,9 +98,13 @@ class Leader:
 
     async def _next_batch(self) -> RolloutBatch | None:
         self._report("waiting for samples")
-        return await self._wires.inbox.next(
-            RolloutBatch, deadline_seconds=self._config.wires.step_seconds, whom="selfplay"
-        )
+        deadline_seconds = self._deadline_seconds(self._trainer.version)
+        return await self._wires.inbox.next(RolloutBatch, deadline_seconds=deadline_seconds, whom="selfplay")
+
+    def _deadline_seconds(self, version: int) -> float:
+        """For what self-play makes with weights of `version`; with the first ones it fills its library before."""
+        wires = self._config.wires
+        return wires.step_seconds + (wires.start_seconds if version == self._first_version else 0.0)
 
     async def _train(self, batch: RolloutBatch) -> StepReport:
         self._report("training")
@@ -131,9 +137,8 @@ class Leader:
             return
         record, self._unwritten = self._unwritten, None
         self._report("waiting for the evaluation")
-        result = await self._wires.inbox.next(
-            EvaluationResult, deadline_seconds=self._config.wires.step_seconds, whom="selfplay"
-        )
+        deadline_seconds = self._deadline_seconds(record["version"])
+        result = await self._wires.inbox.next(EvaluationResult, deadline_seconds=deadline_seconds, whom="selfplay")
         self._books.enter_step(record, result)
 
     async def _save(self) -> None:

@@ -136,6 +136,7 @@ async def open_wires(config: Config, wires_dir: Path, name: str, stop: asyncio.E
         join_seconds=config.wires.start_seconds,
         heartbeat_seconds=config.wires.heartbeat_seconds,
         peer_timeout_seconds=config.wires.peer_timeout_seconds,
+        limit_bytes=config.wires.message_mb * 2**20,
     )
     inbox = Inbox()
     async with batches, answers, asyncio.TaskGroup() as group:

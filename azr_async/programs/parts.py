@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from azr_async.adapters.channels import MemoryReceiver, MemorySender, memory_channel
+from azr_async.algorithm.jobs import loop_seed
 from azr_async.algorithm.library import Library
 from azr_async.algorithm.validity import program_key
 from azr_async.config import Config
@@ -36,10 +37,19 @@ class Parts:
     """Held-out problems, judged on request and never trained on."""
     usage: Callable[[], Mapping[str, float]]
     """Running totals of the adapters: seconds busy and tokens generated."""
+    gauges: Callable[[], Mapping[str, float]]
+    """What else the adapters count, as flat metric names."""
     report: Callable[[str, int, int], None]
     """Tells phase, done, total to whoever watches."""
     group_ids: Iterator[int]
     """Groups outside the flow (seeding, evaluation) count down from -1, so that they go first."""
+    start_version: int
+    """Of the weights with which this loop begins: 0, or the version that the run was resumed at."""
+
+    @property
+    def seed(self) -> int:
+        """Of everything that this loop draws."""
+        return loop_seed(self.config.run.seed, self.start_version)
 
     @property
     def held_out_programs(self) -> frozenset[str]:
@@ -61,7 +71,7 @@ async def run_propose(parts: Parts, admitted: Receiver[Admission], proposals: Se
         dialogue=parts.dialogue,
         library=parts.library,
         config=parts.config.propose,
-        seed=parts.config.run.seed,
+        seed=parts.seed,
     )
 
 
@@ -95,7 +105,7 @@ async def run_solve(
         engine=parts.engine,
         dialogue=parts.dialogue,
         config=config,
-        seed=parts.config.run.seed,
+        seed=parts.seed,
     )
 
 

@@ -13,6 +13,8 @@ from azr_async.errors import ConfigError
 
 PACKAGE_ROOT: Final = Path(__file__).parents[2]
 
+_TORCHRUN: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 Role = Literal["generates", "plays, judges, paces", "learns"]
 
 
@@ -93,6 +95,21 @@ def check_gpus(config: Config, found: int) -> None:
     raise ConfigError(f"{wish}, but this machine has {_counted(found)}. {_what_fits(config, found)}")
 
 
+def check_engines(config: Config) -> None:
+    """Raise ConfigError for a placement that `place` can draw but no engine can fill yet."""
+    span = config.placement.tensor_parallel
+    if span > 1 and config.engine.kind == "transformers":
+        raise ConfigError(
+            f"placement.tensor_parallel = {span}: the embedded engine runs on one GPU. Leave tensor_parallel out; "
+            "more --inference-gpus make more engines."
+        )
+    if config.placement.mode == "shared" and config.placement.inference_gpus:
+        raise ConfigError(
+            "placement.mode = shared is not possible with the embedded engine yet: NCCL cannot send weights from a GPU "
+            "to itself. Leave it out and give --inference-gpus and --train-gpus GPUs of their own."
+        )
+
+
 def environment(
     placed: Placed, everyone: Sequence[Placed], base: Mapping[str, str], *, rendezvous_port: int
 ) -> dict[str, str]:
@@ -103,7 +120,7 @@ def environment(
     ranks = [other for other in everyone if other.rank is not None]
     is_rank = placed.rank is not None
     gpus = tuple(dict.fromkeys(gpu for rank in ranks for gpu in rank.gpus)) if is_rank else placed.gpus
-    result = dict(base)
+    result = {name: value for name, value in base.items() if name not in _TORCHRUN}
     result["CUDA_VISIBLE_DEVICES"] = ",".join(_as_numbered_by(base.get("CUDA_VISIBLE_DEVICES"), gpu) for gpu in gpus)
     # The programs are the launcher's own code, wherever it was started from.
     result["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), base.get("PYTHONPATH")]))
@@ -112,7 +129,7 @@ def environment(
     result |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONHASHSEED": "0"}
     if sys.platform == "linux":
         result["GLOO_SOCKET_IFNAME"] = "lo"  # all programs are on this host; its name may resolve to anything
-    if placed.rank is not None:
+    if placed.rank is not None and len(ranks) > 1:  # a rank alone meets nobody, and opens no port
         result |= {
             "RANK": str(placed.rank),
             "LOCAL_RANK": str(placed.rank),
@@ -161,13 +178,11 @@ def _what_fits(config: Config, found: int) -> str:
         )
     if found == 1:
         return (
-            "For one GPU that does both: --inference-gpus 1 --train-gpus 1 --placement shared. "
-            "For the CPU leave both out."
+            "A GPU cannot both generate and learn yet, so it takes two. "
+            "For the CPU leave --inference-gpus and --train-gpus out."
         )
     span = config.placement.tensor_parallel
-    if span > found:
-        return f"An engine of {span} GPUs does not fit; lower --placement.tensor-parallel to {found} or less."
+    if span >= found:
+        return f"An engine of {span} GPUs leaves none to learn; lower --placement.tensor-parallel below {found}."
     inference = max(span, found // 2 // span * span)
-    if inference < found:
-        return f"What fits: --inference-gpus {inference} --train-gpus {found - inference}. For the CPU leave both out."
-    return f"What fits: --inference-gpus {inference} --train-gpus {found} --placement shared."
+    return f"What fits: --inference-gpus {inference} --train-gpus {found - inference}. For the CPU leave both out."

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.table import Table
@@ -16,12 +15,12 @@ from rich.table import Table
 from azr_async.algorithm.dialogue.compact import MARKERS
 from azr_async.config import Config
 from azr_async.errors import AzrError, ConfigError
-from azr_async.programs import placement
+from azr_async.programs import files, placement
 from azr_async.programs.folders import config_text
 from azr_async.programs.wiring import endpoint, endpoint_names
 
 _CHECKPOINT_NAME: Final = re.compile(r"step-(\d{6,})")
-_HUB_ID: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_HIGHEST_PORT: Final = 65_535
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,95 +37,125 @@ class Resumed:
         return folder.parent if folder.name == "checkpoints" else None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Findings:
+    """What stands in the way of a run, each with the way out."""
+
+    here: tuple[str, ...]
+    """What only this machine lacks, GPUs or the way to the hub: a dry run is often made on another than the run."""
+    others: tuple[str, ...]
+    resumed: Resumed | None
+    """Where the run would go on from."""
+
+
 def check(config: Config, *, output: Path | None, resume: Path | None) -> Resumed | None:
     """Ask everything that can be asked before a program starts; returns the checkpoint to go on from.
 
-    Raises:
-        ConfigError: names every problem and the way out.
-        CheckpointError: the checkpoint is missing or damaged.
+    Raises ConfigError that names every problem and the way out.
     """
-    problems = [
-        *_gpu_problems(config),
-        *_file_problems(config, output),
+    findings = examine(config, output=output, resume=resume)
+    problems = [*findings.here, *findings.others]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return findings.resumed
+
+
+def examine(config: Config, *, output: Path | None, resume: Path | None) -> Findings:
+    """All of the questions, whatever the answers."""
+    here, hub = list(_gpu_problems(config)), files.hub_problem(config.model.path)
+    if hub is not None and hub.is_of_this_machine:
+        here.append(hub.text)
+    others = [
+        *([hub.text] if hub is not None and not hub.is_of_this_machine else []),
+        *_engine_problems(config),
+        *files.problems(config, output),
         *_language_problems(config),
         *_port_problems(config),
     ]
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return None if resume is None else _checkpoint(resume.expanduser(), config)
+    resumed = None
+    try:
+        resumed = None if resume is None else _checkpoint(resume, config)
+    except AzrError as error:
+        others.append(str(error))
+    return Findings(here=tuple(here), others=tuple(others), resumed=resumed)
 
 
-def print_dry_run(console: Console, config: Config) -> None:
-    """The resolved configuration and which program would run where; says what this machine has."""
+def dry_run(console: Console, config: Config, *, output: Path | None, resume: Path | None) -> bool:
+    """Show the resolved configuration, which program would run where, what this machine has, and every problem.
+
+    Returns whether a run could start, here or on a machine that has the GPUs and reaches the model.
+    """
     console.print(config_text(config), highlight=False, markup=False, soft_wrap=True)
     table = Table("process", "device", "role", title="placement", title_justify="left", box=None, padding=(0, 3, 0, 0))
     for placed in placement.place(config):
         table.add_row(placed.process, placed.devices, placed.role)
     console.print(table)
-    found = placement.gpus_found()
-    console.print(f"\nThis machine has {placement.describe_host(found)}. Nothing was started.", highlight=False)
-    for problem in _gpu_problems(config, found):
+    findings = examine(config, output=output, resume=resume)
+    if findings.resumed is not None:
+        console.print(f"\nIt would go on from {findings.resumed.checkpoint}.", highlight=False, soft_wrap=True)
+    host = placement.describe_host(placement.gpus_found())
+    console.print(f"\nThis machine has {host}. Nothing was started.", highlight=False)
+    for problem in findings.here:
         console.print(f"It could not start here: {problem}", highlight=False, markup=False, soft_wrap=True)
+    for problem in findings.others:
+        console.print(f"It could not start: {problem}", highlight=False, markup=False, soft_wrap=True)
+    return not findings.others
 
 
-def _gpu_problems(config: Config, found: int | None = None) -> Iterator[str]:
+def _gpu_problems(config: Config) -> Iterator[str]:
     if placement.gpus_needed(config) == 0:
         return
     try:
-        placement.check_gpus(config, placement.gpus_found() if found is None else found)
+        placement.check_gpus(config, placement.gpus_found())
     except ConfigError as error:
         yield str(error)
 
 
-def _file_problems(config: Config, output: Path | None) -> Iterator[str]:
-    model = Path(config.model.path).expanduser()
-    is_known = config.model.path == "starter" or _HUB_ID.fullmatch(config.model.path)
-    if not is_known and not model.is_dir():
-        yield (
-            f"model.path: there is no folder {config.model.path}. Give `starter`, an existing Hugging Face folder, "
-            "or a hub id of the form organisation/name."
-        )
-    elif model.is_dir() and config.model.path != "starter" and not (model / "config.json").is_file():
-        yield f"model.path: {model} is not a model folder: it has no config.json. Name a folder that has one."
-    if config.library.seed_file is not None and not config.library.seed_file.is_file():
-        yield f"library.seed_file: there is no file {config.library.seed_file}. Give a JSONL of tasks, or leave it out."
-    if config.evaluation.suite not in ("starter", "none") and not Path(config.evaluation.suite).is_file():
-        yield f"evaluation.suite: no file {config.evaluation.suite}. Give a JSONL of tasks, `starter` or `none`."
-    if output is not None and output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        yield f"--output: {output} exists and is not an empty folder. Choose another name, or leave it out."
+def _engine_problems(config: Config) -> Iterator[str]:
+    try:
+        placement.check_engines(config)
+    except ConfigError as error:
+        yield str(error)
 
 
 def _language_problems(config: Config) -> Iterator[str]:
     """Can the model's tokenizer say what the dialogue asks for? Only a local folder can be looked into."""
     path, dialogue = config.model.path, config.model.dialogue
-    folder = Path(path).expanduser()
+    folder = files.expanded(path)
     is_compact = path == "starter" or _names_all(folder / "tokenizer.json", MARKERS)
-    if dialogue == "compact" and not is_compact and (_HUB_ID.fullmatch(path) or (folder / "config.json").is_file()):
-        is_folder = "" if folder.is_dir() else f"there is no folder {path}, so it is taken for a hub id; and "
+    is_model = files.is_hub_id(path) or files.is_file(folder / "config.json")
+    if dialogue == "compact" and not is_compact and is_model:
+        is_folder = "" if files.is_dir(folder) else f"there is no folder {path}, so it is taken for a hub id; and "
         yield (
             f"model.dialogue: {is_folder}compact is the starter's language, whose markers {path} does not have. "
             "Use --model.dialogue azr-chat for a model with a chat template, azr-base for a base model."
         )
     if dialogue != "compact" and path == "starter":
         yield f"model.dialogue: the starter speaks only compact, not {dialogue}. Leave model.dialogue out."
-    has_template = (folder / "chat_template.jinja").is_file() or _names_all(
+    has_template = files.is_file(folder / "chat_template.jinja") or _names_all(
         folder / "tokenizer_config.json", ("chat_template",)
     )
-    if dialogue == "azr-chat" and (folder / "tokenizer_config.json").is_file() and not has_template:
+    if dialogue == "azr-chat" and files.is_file(folder / "tokenizer_config.json") and not has_template:
         yield f"model.dialogue: the tokenizer of {path} has no chat template. Use --model.dialogue azr-base."
 
 
 def _names_all(json_file: Path, names: Sequence[str]) -> bool:
     try:
         text = json_file.read_text(encoding="utf-8")
-    except OSError:
+    except (OSError, ValueError):  # not there, not text, or no path at all
         return False
     return all(json.dumps(name) in text for name in names)
 
 
 def _port_problems(config: Config) -> Iterator[str]:
     if config.wires.transport == "tcp":
-        ports = {urlsplit(endpoint(config, Path(), name)).port or 0: name for name in endpoint_names(config)}
+        ports = [int(endpoint(config, Path(), name).rpartition(":")[2]) for name in endpoint_names(config)]
+        if max(ports) > _HIGHEST_PORT:
+            yield (
+                f"wires.base_port: {config.inference_workers} inference workers need ports up to {max(ports)}, but the "
+                f"highest is {_HIGHEST_PORT}. Lower wires.base_port by {max(ports) - _HIGHEST_PORT} or more."
+            )
+            return
         busy = [port for port in sorted(ports) if not _is_free(port)]
         if busy:
             yield (
@@ -150,10 +179,12 @@ def _is_free(port: int) -> bool:
         return True
 
 
-def _checkpoint(path: Path, config: Config) -> Resumed:
+def _checkpoint(resume: Path, config: Config) -> Resumed:
     from azr_async.adapters import checkpoints  # loads torch, which only a resumed run needs here
 
-    folder = path
+    folder = path = files.expanded(str(resume))
+    if not files.is_dir(path):
+        raise ConfigError(f"--resume: there is no checkpoint or run folder {resume}. Name one that exists.")
     if not _CHECKPOINT_NAME.fullmatch(path.name):
         newest = checkpoints.newest(path / "checkpoints")
         if newest is None:

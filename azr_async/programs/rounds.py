@@ -36,6 +36,7 @@ async def seed(parts: Parts) -> None:
                 proposal_limit=config.library.seed_proposals,
                 side_by_side=config.engine.slots,
                 group_ids=parts.group_ids,
+                version=parts.start_version,
                 on_progress=partial(parts.report, f"seeding {' and '.join(tasks)}"),
             )
 

@@ -1,48 +1,63 @@
 """Tasks that a user gives to start from, instead of the identity triplet alone."""
 
+import asyncio
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from azr_async.algorithm.library import Library
 from azr_async.algorithm.validity import problem_from
 from azr_async.config import ProposeConfig
 from azr_async.errors import ConfigError
-from azr_async.messages import TASKS, Draft
-from azr_async.ports import Sandbox
+from azr_async.messages import TASKS, Draft, Problem
+from azr_async.ports import Journal, Sandbox
 
 
-async def add_seed_file(
-    path: Path, library: Library, *, sandbox: Sandbox, config: ProposeConfig, held_out_programs: Collection[str]
-) -> int:
-    """Run every task of a JSONL file in the sandbox and keep the valid ones; returns how many entered the library.
+async def seed_problems(
+    path: Path, *, sandbox: Sandbox, config: ProposeConfig, held_out_programs: Collection[str]
+) -> list[Problem]:
+    """Run every task of a JSONL file in the sandbox, side by side; returns the valid ones in the file's order.
 
     A line: {"task", "program", "input": text} or, for induction, {"task", "program", "inputs": [text], "message"}.
+    A task with a held-out program is passed over.
 
     Raises ConfigError naming the line that is not a task, or the first that does not run.
     """
-    added = 0
-    for number, draft in enumerate(read_drafts(path), start=1):
-        outcomes = await sandbox.run(draft.program, draft.inputs, times=config.determinism_runs)
+    drafts = read_drafts(path)
+    async with asyncio.TaskGroup() as group:
+        runs = [
+            group.create_task(sandbox.run(draft.program, draft.inputs, times=config.determinism_runs))
+            for draft in drafts.values()
+        ]
+    problems = []
+    for (number, draft), run in zip(drafts.items(), runs, strict=True):
+        outcomes = run.result()
         verdict = problem_from(draft, outcomes, text_limit=config.text_limit, held_out_programs=held_out_programs)
-        if isinstance(verdict, str):
-            if verdict == "held_out":
-                continue
+        if isinstance(verdict, Problem):
+            problems.append(verdict)
+        elif verdict != "held_out":
+            why = next((f" ({outcome.error})" for outcome in outcomes if outcome.error), "")
             raise ConfigError(
-                f"{path}: task {number} is not valid: {verdict}. Correct it or take it out; "
+                f"{path}, line {number}: not a valid task: {verdict}{why}. Correct it or take it out; "
                 "library.seed_file wants programs that run."
             )
-        added += library.add(verdict)
-    return added
+    return problems
 
 
-def read_drafts(path: Path) -> list[Draft]:
-    """The tasks of a seed file, not yet run."""
+async def add_seeds(problems: Iterable[Problem], library: Library, journal: Journal) -> None:
+    """Put into the library, and write down, those that a resumed run does not know from its journal already."""
+    for problem in problems:
+        if library.add(problem):
+            await journal.add(problem, version=0)
+
+
+def read_drafts(path: Path) -> dict[int, Draft]:
+    """The tasks of a seed file, not yet run, by the number of their line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"library.seed_file {path}: {error.strerror}. Name a readable JSONL file.") from error
-    return [_draft(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    return {number: _draft(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()}
 
 
 def _draft(path: Path, number: int, line: str) -> Draft:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -13,7 +13,9 @@ from azr_async.adapters.engine_client import RemoteEngines
 from azr_async.adapters.journal import SqliteJournal
 from azr_async.adapters.sandbox.pool import SandboxPool
 from azr_async.algorithm.dialogue import make_dialogue
+from azr_async.algorithm.jobs import loop_seed
 from azr_async.algorithm.library import Library
+from azr_async.algorithm.validity import program_key
 from azr_async.config import Config
 from azr_async.messages import (
     BatchRequest,
@@ -26,7 +28,7 @@ from azr_async.messages import (
 )
 from azr_async.programs.graph import Reply, Request, self_play
 from azr_async.programs.parts import Parts
-from azr_async.programs.seeds import add_seed_file
+from azr_async.programs.seeds import add_seeds, seed_problems
 from azr_async.programs.wiring import Reporter, endpoint, load_run_config, program_main, program_parser
 from azr_async.starter.suite import STARTER_SUITE, load_suite
 
@@ -46,10 +48,7 @@ def main() -> int:
 async def run(reporter: Reporter, *, config: Config, run_dir: Path, wires_dir: Path) -> None:
     """Enter every adapter, then serve the learner until it has closed its end."""
     suite = load_problems(config)
-    library = Library(capacity=config.library.capacity, seed=config.run.seed)
     with SqliteJournal(run_dir / JOURNAL_FILE) as journal:
-        for problem in journal.problems():
-            library.add(problem)
         async with (
             _sandbox(config, run_dir) as sandbox,
             _results(config, wires_dir) as results,
@@ -59,29 +58,41 @@ async def run(reporter: Reporter, *, config: Config, run_dir: Path, wires_dir: P
             log.info("sandbox layers: %s", sandbox.layers)
             engines = _engines(config, wires_dir, results)
             group.create_task(engines.run(), name="engines")
-            parts = Parts(
-                config=config,
-                engine=engines,
-                sandbox=sandbox,
-                dialogue=make_dialogue(config.model.dialogue, allowed_imports=config.sandbox.allowed_imports),
-                journal=journal,
-                library=library,
-                suite=suite,
-                usage=partial(_usage, engines, sandbox),
-                report=reporter.report,
-                group_ids=count(-1, -1),
-            )
-            if config.library.seed_file is not None:
-                await add_seed_file(
-                    config.library.seed_file,
-                    library,
+            seeds = await _seeds(config, sandbox, suite)
+
+            async def begin(version: int) -> Parts:
+                return Parts(
+                    config=config,
+                    engine=engines,
                     sandbox=sandbox,
-                    config=config.propose,
-                    held_out_programs=parts.held_out_programs,
+                    dialogue=make_dialogue(config.model.dialogue, allowed_imports=config.sandbox.allowed_imports),
+                    journal=journal,
+                    library=await restored_library(config, journal, seeds, version=version),
+                    suite=suite,
+                    usage=partial(_usage, engines, sandbox),
+                    gauges=partial(_gauges, sandbox),
+                    report=reporter.report,
+                    group_ids=count(-1, -1),
+                    start_version=version,
                 )
+
             reporter.report("waiting for weights", 0, 0)
-            await self_play(parts, requests, _replies(config, wires_dir), stop=reporter.stop_requested)
+            await self_play(begin, requests, _replies(config, wires_dir), stop=reporter.stop_requested)
             engines.stop()
+
+
+async def restored_library(
+    config: Config, journal: SqliteJournal, seeds: Sequence[Problem], *, version: int
+) -> Library:
+    """What was found under weights up to `version`, and the seeds; what was found under newer ones is forgotten."""
+    library = Library(capacity=config.library.capacity, seed=loop_seed(config.run.seed, version))
+    journal.forget_after(version)
+    held_out = {program_key(problem.program) for problem in load_problems(config)}
+    for problem in journal.problems():
+        if program_key(problem.program) not in held_out:  # the suite may be another one than when it was found
+            library.add(problem)
+    await add_seeds(seeds, library, journal)
+    return library
 
 
 def load_problems(config: Config) -> list[Problem]:
@@ -91,11 +102,31 @@ def load_problems(config: Config) -> list[Problem]:
     return load_suite(STARTER_SUITE if config.evaluation.suite == "starter" else Path(config.evaluation.suite))
 
 
+async def _seeds(config: Config, sandbox: SandboxPool, suite: Sequence[Problem]) -> list[Problem]:
+    """Before anything is waited for: a file that cannot be used is told at once."""
+    if config.library.seed_file is None:
+        return []
+    return await seed_problems(
+        config.library.seed_file,
+        sandbox=sandbox,
+        config=config.propose,
+        held_out_programs={program_key(problem.program) for problem in suite},
+    )
+
+
 def _usage(engines: RemoteEngines, sandbox: SandboxPool) -> Mapping[str, float]:
     return {
         "busy.inference": sum(totals.busy_seconds for totals in engines.totals.values()),
         "busy.sandbox": sandbox.busy_seconds,
         "tokens.generated": float(sum(totals.generated_tokens for totals in engines.totals.values())),
+    }
+
+
+def _gauges(sandbox: SandboxPool) -> Mapping[str, float]:
+    """The sandbox's counters, and which isolation layers were verified: 1 or 0."""
+    layers = {name: float(state.startswith("verified")) for name, state in sandbox.layers.items()}
+    return {f"sandbox.{name}": number for name, number in sandbox.numbers().items()} | {
+        f"sandbox.layers.{name}": verified for name, verified in layers.items()
     }
 
 
@@ -128,6 +159,7 @@ def _sandbox(config: Config, run_dir: Path) -> SandboxPool:
         memory_mb=config.sandbox.memory_mb,
         allowed_imports=config.sandbox.allowed_imports,
         label=str(run_dir),
+        require=config.sandbox.require,
     )
 
 
@@ -152,6 +184,7 @@ def _requests(config: Config, wires_dir: Path) -> ZmqReceiver[Request]:
         capacity=64,
         heartbeat_seconds=config.wires.heartbeat_seconds,
         peer_timeout_seconds=config.wires.peer_timeout_seconds,
+        limit_bytes=config.wires.message_mb << 20,
     )
 
 

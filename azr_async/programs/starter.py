@@ -31,7 +31,7 @@ _WRONG_SHARE: Final = 0.65
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train, measure and save; returns the exit status: 0 done, 1 failed, 2 wrong usage."""
+    """Train, measure and save; returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     console = Console(stderr=True)
     try:
         options = _parser().parse_args(arguments)
@@ -45,6 +45,9 @@ def main(arguments: Sequence[str]) -> int:
     except AzrError as error:
         console.print(f"starter: {error}", markup=False, highlight=False, soft_wrap=True)
         return 1
+    except KeyboardInterrupt:
+        console.print("starter: stopped; nothing was written.", markup=False, highlight=False)
+        return 130
     return 0
 
 

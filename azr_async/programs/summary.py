@@ -10,10 +10,15 @@ from typing import Any, Final
 from azr_async.messages import TASKS
 from azr_async.programs.supervision import Ended, RunEnd
 from azr_async.programs.view import duration
+from azr_async.programs.wiring import LastWords
 
 Metrics = Mapping[str, Any]
 LOG_LINES: Final = 12
 LOG_TAIL_BYTES: Final = 16_384
+GAVE_UP: Final = 128 + signal.SIGTERM
+"""Exit status of a program that was told twice to stop."""
+
+_LEARNER: Final = "learner-"
 
 
 class MetricsReader:
@@ -47,14 +52,32 @@ def what_was_learned(lines: Sequence[Metrics], run_dir: Path) -> str:
     return "\n".join([headline, *rows])
 
 
-def how_it_was_interrupted(lines: Sequence[Metrics], steps: int, run_dir: Path) -> str:
-    """What there is after Ctrl-C, and how to go on."""
+def how_it_was_interrupted(lines: Sequence[Metrics], steps: int, run_dir: Path, *, is_saved: bool = True) -> str:
+    """What there is after Ctrl-C, and how to go on. Not `is_saved`: the learner ended without its checkpoint."""
     step = lines[-1]["step"] if lines else 0
     checkpoints = sorted((run_dir / "checkpoints").glob("step-*"))
     after = f"Stopped after step {step} of {steps}. Everything is in {run_dir}."
     if not checkpoints:
-        return f"{after} There was nothing to save yet; `python run.py` starts again."
+        why = "There was nothing to save yet" if is_saved else "No checkpoint was written"
+        return f"{after} {why}; the same command starts again."
     return f"{after}\nGo on with: python run.py --resume {checkpoints[-1]}"
+
+
+def what_failed_while_stopping(end: RunEnd, words: Mapping[str, LastWords], run_dir: Path) -> list[str]:
+    """After Ctrl-C: a line or more for each program that did not end as it should, the causes before the rest."""
+    messages = []
+    for name in _unsaved_learners(end):
+        log = run_dir / "logs" / f"{name}.log"
+        messages.append(f"{name} did not finish and was killed: the last step was not saved. Its log: {log}")
+    others = [one for one in end.programs if one.status not in (0, GAVE_UP) and not _ended_by_sigterm(one)]
+    causes = [one for one in others if one.name not in words or not words[one.name].is_consequence]
+    for one in causes or ([] if messages else others):
+        last = words.get(one.name)
+        messages.append(how_it_failed(end, one, last.message if last else "", run_dir))
+    idle = [name for name in end.killed if not name.startswith(_LEARNER)]
+    if idle and not messages:
+        messages.append(f"{', '.join(idle)} did not end in time and had to be killed; nothing was lost by it.")
+    return messages
 
 
 def how_it_failed(end: RunEnd, culprit: Ended | None, words: str, run_dir: Path) -> str:
@@ -85,6 +108,16 @@ def last_lines(path: Path, count: int = LOG_LINES) -> list[str]:
             return file.read().decode(errors="replace").splitlines()[-count:]
     except OSError:
         return []
+
+
+def _unsaved_learners(end: RunEnd) -> list[str]:
+    """Ranks that were stopped in the middle of a step or of a checkpoint."""
+    gave_up = [one.name for one in end.programs if one.status == GAVE_UP]
+    return [name for name in (*end.killed, *gave_up) if name.startswith(_LEARNER)]
+
+
+def _ended_by_sigterm(one: Ended) -> bool:
+    return one.was_told and one.status == -signal.SIGTERM  # before it had begun to listen for it
 
 
 def _learned(lines: Sequence[Metrics]) -> Iterator[str]:

@@ -61,6 +61,7 @@ class View:
         self._started_at = time.monotonic()
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._said: dict[str, tuple[Progress, float]] = {}
+        self._has_said_stopping = False
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -86,6 +87,9 @@ class View:
     def _plain_lines(self) -> list[str]:
         lines = [plain_line(metrics, self._state.steps) for metrics in self._state.new_lines]
         self._state.new_lines.clear()
+        if self._state.is_stopping and not self._has_said_stopping:
+            self._has_said_stopping = True
+            lines.append("finishing the step, writing a checkpoint; Ctrl-C again stops at once")
         if self._state.recent and not lines:
             return []
         return [*self._new_phases(), *lines]

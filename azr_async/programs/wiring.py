@@ -211,12 +211,12 @@ def _die_with_the_launcher(wires_dir: Path) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     # The launcher may have died between starting this process and the call above; nothing would tell.
-    with suppress(FileNotFoundError):
+    try:
         launcher_pid = int((wires_dir / LAUNCHER_PID_FILE).read_text(encoding="ascii"))
-        if os.getppid() != launcher_pid:
-            raise PeerVanished(
-                f"the launcher (process {launcher_pid}) is gone. Start the run again with `python run.py`."
-            )
+    except (OSError, ValueError):  # another launcher has cleared away what the dead one left
+        launcher_pid = None
+    if os.getppid() != launcher_pid:
+        raise PeerVanished("the launcher of this run is gone. Start the run again with `python run.py`.")
 
 
 def _failed(process: str, error: Exception, log_path: Path, wires_dir: Path) -> int:

@@ -1,4 +1,4 @@
-"""An empty library -> a seeded one: the untrained policy proposes until there is enough to start from."""
+"""An empty library -> a seeded one: the policy at the start proposes until there is enough."""
 
 import asyncio
 from collections.abc import Callable, Collection, Iterator
@@ -19,9 +19,12 @@ async def grow(
     proposal_limit: int,
     side_by_side: int,
     group_ids: Iterator[int],
+    version: int,
     on_progress: Callable[[int, int], None],
 ) -> None:
     """Keep proposals in the air until each kind has `target` tasks, or `proposal_limit` proposals did not suffice.
+
+    `version` is that of the weights that propose.
 
     consumes   challenges and rejections: the fate of each proposal
     produces   admissions; closed on the way out, which ends the stages behind
@@ -38,8 +41,9 @@ async def grow(
             while flying[task] < min(2 * missing, side_by_side) and started[task] < proposal_limit:
                 flying[task] += 1
                 started[task] += 1
+                group_id = next(group_ids)
                 await admissions.send(
-                    Admission(group_id=next(group_ids), task=task, is_proposal=True, trained_attempts=0, version=0)
+                    Admission(group_id=group_id, task=task, is_proposal=True, trained_attempts=0, version=version)
                 )
         on_progress(sum(min(library.sizes()[task], target) for task in tasks), target * len(tasks))
 

@@ -54,7 +54,13 @@ async def validate(
                 return "prompt_too_long" if proposal.completion.finish == "prompt_too_long" else "malformed"
             case Draft() as draft:
                 outcomes = await sandbox.run(draft.program, draft.inputs, times=config.determinism_runs)
-                return problem_from(draft, outcomes, text_limit=config.text_limit, held_out_programs=held_out_programs)
+                return problem_from(
+                    draft,
+                    outcomes,
+                    text_limit=config.text_limit,
+                    every_pair=config.every_pair,
+                    held_out_programs=held_out_programs,
+                )
 
     async with challenges, rejections, asyncio.TaskGroup() as workers:
         async for proposal in proposals:

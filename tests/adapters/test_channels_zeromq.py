@@ -166,7 +166,7 @@ async def test_a_message_over_the_receivers_limit_is_refused_by_its_sender(tmp_p
     receiver = zmq_receiver(endpoint, (Progress,), name="progress", capacity=1, limit_bytes=100)
     sender: ZmqSender[Progress] = zmq_sender(endpoint, name="learner", peer="launcher")
     async with receiver, sender:
-        with pytest.raises(MessageError, match="more than the 100 that launcher takes"):
+        with pytest.raises(MessageError, match=r"more than the 100 that launcher takes. Raise wires.message_mb"):
             await sender.send(Progress(process="learner", phase="x" * 100))
         await sender.send(Progress(process="learner", phase="x"))
         assert (await anext(receiver)).phase == "x"

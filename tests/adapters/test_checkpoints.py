@@ -59,6 +59,29 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert checkpoints.newest(tmp_path) == tmp_path / "step-1000000"
 
 
+def test_a_run_that_goes_on_from_an_older_checkpoint_keeps_its_own(tmp_path: Path) -> None:
+    for step in (60, 120):
+        save(tmp_path, step)
+    checkpoints.remove_after(tmp_path, 60)
+    for step in (70, 80):
+        save(tmp_path, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000070", "step-000080"]
+    assert checkpoints.newest(tmp_path) == tmp_path / "step-000080"
+
+
+def test_what_was_just_written_stays_whatever_lies_beside_it(tmp_path: Path) -> None:
+    save(tmp_path, 120)
+    for step in (60, 70):
+        folder = save(tmp_path, step, keep=1)
+    checkpoints.verify(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000070", "step-000120"]
+
+
+def test_there_may_be_nothing_to_remove(tmp_path: Path) -> None:
+    checkpoints.remove_after(tmp_path / "missing", 0)
+    assert not (tmp_path / "missing").exists()
+
+
 def test_the_same_step_can_be_written_again(tmp_path: Path) -> None:
     save(tmp_path, 5, seed=1)
     folder = save(tmp_path, 5, seed=2)

@@ -348,11 +348,30 @@ async def test_a_job_that_takes_too_long_ends_with_the_name_of_its_worker() -> N
         await settled()
         await stage.answer("a", 41, 1)
         error = await late
-        assert str(error).startswith("inference worker a has had job 41 for 0.05 s and 2 samples are missing")
+        assert "inference worker a is too slow" in str(error)
+        assert "of its 1 open jobs has been there for 0.05 s, and 2 samples of it are missing" in str(error)
+        assert "wires.step_seconds" in str(error)
         prompt = tasks.create_task(collected(stage.engines, job(42)))
         await settled()
         await stage.answer("a", 42, 0)
         assert isinstance(await prompt, list)
+
+
+async def test_the_open_jobs_of_a_slow_worker_end_with_the_same_words_and_those_of_others_go_on() -> None:
+    stage = Stage(job_seconds=0.05)
+    async with on_stage(stage) as tasks:
+        await stage.announce("a", slots=20)
+        slow = [tasks.create_task(collected(stage.engines, job(n))) for n in range(15)]
+        await settled()
+        await asyncio.wait(slow[:1], timeout=0.03)
+        await stage.announce("b", slots=20)
+        quick = tasks.create_task(collected(stage.engines, job(20)))
+        await settled()
+        words = {str(await task) for task in slow}
+        await stage.answer("b", 20, 0)
+        assert isinstance(await quick, list)
+    assert len(words) == 1
+    assert "the oldest of its 15 open jobs" in words.pop()
 
 
 async def test_workers_that_do_not_come_up_are_named() -> None:

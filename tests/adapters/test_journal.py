@@ -1,6 +1,7 @@
 """The durable library."""
 
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,17 @@ async def test_what_was_added_is_there_for_the_next_process(tmp_path: Path) -> N
         await journal.add(TASK, version=3)
         with SqliteJournal(tmp_path / "journal.sqlite") as reader:  # not closed, not flushed: a killed writer
             assert reader.problems() == [TASK]
+
+
+async def test_a_resumed_run_forgets_what_was_found_under_newer_weights(tmp_path: Path) -> None:
+    tasks = [replace(TASK, program=f"def f(x):\n    return x + {version}") for version in range(5)]
+    with SqliteJournal(tmp_path / "journal.sqlite") as journal:
+        for version, task in enumerate(tasks):
+            await journal.add(task, version=version)
+        journal.forget_after(2)
+        assert journal.problems() == tasks[:3]
+    with SqliteJournal(tmp_path / "journal.sqlite") as journal:
+        assert journal.problems() == tasks[:3]
 
 
 async def test_it_is_readable_with_any_sqlite_tool(tmp_path: Path) -> None:

@@ -233,7 +233,10 @@ def decoded_or_refused(data: bytes) -> type[object]:
         ({"WorkerReady": {"worker": b"w", "endpoint": "", "slots": 1}}, "WorkerReady.worker: Input should be"),
         ({"RolloutBatch": {"version": 1, "rollouts": [{}], "stats": {}}}, "Rollout: missing or unknown fields"),
         ({"RolloutBatch": {"version": 1, "rollouts": [], "stats": {"a": "1"}}}, "RolloutBatch.stats: Input should be"),
-        ({"EvaluationResult": {"version": 1, "tasks": ["guess"], "solved": [True]}}, "EvaluationResult.tasks: Input"),
+        (
+            {"EvaluationResult": {"version": 1, "tasks": ["guess"], "solved": [True], "valid": {}}},
+            "EvaluationResult.tasks: Input",
+        ),
         ({"PushWeights": {"version": 1, "canary_ids": [[1]]}}, "one-dimensional int32 array"),
         ({"PushWeights": {"version": 1, "canary_ids": [msgpack.ExtType(2, b"1234")]}}, "one-dimensional int32 array"),
         ({"PushWeights": {"version": 1, "canary_ids": [msgpack.ExtType(1, b"123")]}}, "not valid MessagePack"),
@@ -273,9 +276,27 @@ def test_a_message_over_the_limit_is_refused_before_it_is_read() -> None:
 def test_lists_are_long_enough_for_any_batch_and_no_longer() -> None:
     n = wire.LONGEST_LIST
     result = EvaluationResult(version=1, tasks=TASKS[:1] * n, solved=(True,) * n)
-    assert wire.decode(wire.encode(result), limit_bytes=LIMIT_BYTES) == result
+    assert wire.decode(wire.encode(result), limit_bytes=20 * n) == result
     with pytest.raises(MessageError, match="max_array_len"):
         wire.decode(nested_lists(depth=1, promised=wire.LONGEST_LIST + 1), limit_bytes=LIMIT_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        (
+            EvaluationResult(version=1, tasks=TASKS[:1] * (wire.LONGEST_LIST + 1), solved=()),
+            r"EvaluationResult.tasks has 262145 entries, more than the 262144 .* Use an evaluation.suite of fewer",
+        ),
+        (
+            RolloutBatch(version=1, rollouts=(object(),) * (wire.LONGEST_LIST + 1), stats={}),  # type: ignore[arg-type]
+            r"RolloutBatch.rollouts has 262145 entries, .* Lower flow.solve_samples or flow.propose_samples",
+        ),
+    ],
+)
+def test_a_list_that_would_be_refused_is_not_sent(message: Message, complaint: str) -> None:
+    with pytest.raises(MessageError, match=complaint):
+        wire.encode(message)
 
 
 def test_lists_that_promise_more_than_they_hold_are_refused() -> None:

@@ -1,5 +1,6 @@
 """From judged attempts to rollouts, and what is counted on the way."""
 
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -14,6 +15,7 @@ from azr_async.messages import (
     Attempt,
     Challenge,
     Completion,
+    Finish,
     Judged,
     Malformed,
     Proposal,
@@ -49,8 +51,10 @@ def challenge(*, proposed: bool, trained: int = 2, attempts: int = 4) -> Challen
     )
 
 
-def judged(of: Challenge, rewards: list[float], tokens: int = 3) -> list[Judged]:
-    attempts = [Attempt(challenge=of, completion=completion(index, tokens)) for index in range(len(rewards))]
+def judged(of: Challenge, rewards: list[float], finish: Finish = "stop") -> list[Judged]:
+    attempts = [
+        Attempt(challenge=of, completion=replace(completion(index), finish=finish)) for index in range(len(rewards))
+    ]
     return [
         Judged(attempt=attempt, reward=reward, reason="") for attempt, reward in zip(attempts, rewards, strict=True)
     ]
@@ -88,10 +92,14 @@ def test_a_rollout_is_the_prompt_and_the_completion_with_versions_on_the_latter(
     assert (rollout.prompt_length, rollout.oldest_version) == (4, 3)
 
 
-def test_a_prompt_that_does_not_fit_the_context_gives_no_samples() -> None:
-    group = challenge(proposed=True)
-    judgements = judged(group, [-1.0] * 4, tokens=0)
-    assert rollouts_of_group(group, judgements, proposer_extreme=0.0, rollout_ids=count()) == []
+@pytest.mark.parametrize(("proposed", "rewards"), [(True, [-1.0]), (False, [])])
+def test_a_task_that_does_not_fit_the_context_is_not_valid_and_has_no_attempts(
+    proposed: bool, rewards: list[float]
+) -> None:
+    group = challenge(proposed=proposed)
+    judgements = judged(group, [-1.0] * 4, finish="prompt_too_long")
+    rollouts = rollouts_of_group(group, judgements, proposer_extreme=0.0, rollout_ids=count())
+    assert [(rollout.role, rollout.reward) for rollout in rollouts] == [("propose", reward) for reward in rewards]
 
 
 def test_rates_are_over_what_was_proposed_since_the_last_time() -> None:

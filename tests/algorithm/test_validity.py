@@ -33,7 +33,7 @@ def test_the_reason_is_the_status_of_what_failed() -> None:
 
 
 def test_an_output_over_the_limit_is_rejected_not_cut() -> None:
-    assert verdict(draft("1"), ok("a" * 60)) == "output_too_long"
+    assert verdict(draft("1"), ok("a" * 60)) == "too_long_or_too_few"
 
 
 def test_a_held_out_program_is_named_whatever_its_blank_lines() -> None:
@@ -48,6 +48,12 @@ def test_induction_keeps_the_inputs_that_ran_and_shows_half_of_them() -> None:
     assert [pair.input for pair in result.pairs] == ["1", "3", "4"]
     assert result.shown_pairs == 2
     assert result.message == "words"
+
+
+def test_induction_can_be_asked_to_run_on_every_input() -> None:
+    proposed = draft("1", "2", "3", task="induction")
+    outcomes = [ok(1), bad("error"), ok(3)]
+    assert problem_from(proposed, outcomes, text_limit=50, held_out_programs=(), every_pair=True) == "error"
 
 
 def test_induction_needs_a_pair_to_show_and_one_to_judge_by() -> None:

@@ -113,7 +113,7 @@ async def attack(*, is_gated: bool) -> dict[str, object]:
         attacks = [Attack.read(path, port) for path in sorted(PROGRAMS.glob("*/*.program"))]
         async with SandboxPool(
             workers=2,
-            wall_seconds=3.0,
+            wall_seconds=8.0,
             cpu_seconds=1.0,
             memory_mb=128,
             allowed_imports=imports,

@@ -1,6 +1,7 @@
 """What people type, what wins, and what they are told when it is wrong."""
 
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -229,16 +230,17 @@ def test_a_port_in_use_is_told_by_its_number() -> None:
 
 def test_a_used_wire_port_is_told_with_the_range() -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 20_123))
+        taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(ConfigError, match=r"port 20123 of 20120 to 20137 is in use"):
-            check(loaded("--wires.transport", "tcp", "--wires.base-port", "20120"), output=None, resume=None)
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"port .*\b{port}\b.* of {port - 3} to {port + 14} is in use"):
+            check(loaded("--wires.transport", "tcp", f"--wires.base-port={port - 3}"), output=None, resume=None)
 
 
 def test_resuming_from_nothing_is_told(tmp_path: Path) -> None:
     with pytest.raises(AzrError, match="no complete checkpoint"):
         check(Config(), output=None, resume=tmp_path)
-    with pytest.raises(AzrError, match="no checkpoint"):
+    with pytest.raises(AzrError, match="no checkpoint or run folder"):
         check(Config(), output=None, resume=tmp_path / "checkpoints" / "step-000020")
 
 
@@ -249,6 +251,9 @@ def test_a_damaged_checkpoint_is_told_before_anything_starts(
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text('{"format": 1, "files": {"config.json": {"bytes": 2, "sha256": "0"}}}')
     (folder / "config.json").write_text("{}")
+    (tmp_path / "config.yaml").touch()
+    assert main(["--dry-run", "--resume", str(tmp_path)], env={}) == 2
+    assert f"{folder}/config.json is damaged" in capsys.readouterr().out
     assert main(["--resume", str(tmp_path)], env={}) == 2
     assert f"{folder}/config.json is damaged" in capsys.readouterr().err
 
@@ -259,6 +264,113 @@ def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
     checkpoint.mkdir(parents=True)
     assert loaded("--resume", str(tmp_path)).run.steps == 77
     assert loaded("--resume", str(checkpoint), "--seed", "6").run.steps == 77
+
+
+def test_a_checkpoint_away_from_its_run_needs_a_configuration(tmp_path: Path) -> None:
+    (tmp_path / "copied" / "step-000020").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text("run: {steps: 77}\n")  # of whatever is two folders up
+    assert "Say which with --config." in complaint("--resume", str(tmp_path / "copied" / "step-000020"))
+    config = loaded("--resume", str(tmp_path / "copied" / "step-000020"), "--config", str(tmp_path / "config.yaml"))
+    assert config.run.steps == 77
+
+
+def test_another_model_cannot_be_resumed(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    assert "--model and --resume exclude each other" in complaint("--resume", str(tmp_path), "--model", "some/model")
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--weights.port", "70000"], "from 0 to 65535"),
+        (["--wires.transport", "tcp", "--wires.base-port", "65000", "--inference-workers", "300"], "Lower wires.base"),
+        (["--wires.heartbeat-seconds", "inf"], "needs a number, above 0"),
+        (["--output", LONG], "cannot be written: File name too long. Choose another folder"),
+        (["--output", "/proc/x/y"], "cannot be written: "),
+        (["--model", LONG], "there is no folder"),
+        (["--model", "~nobody-of-that-name/model/x"], "there is no folder"),
+        (["--resume", LONG], "there is no checkpoint or run folder"),
+        (["--config", LONG], "File name too long"),
+        (["--evaluation.suite", LONG], "there is no file"),
+        (["--library.seed-file", LONG], "there is no file"),
+        (["--telemetry.trackers", "trackio"], "pip install trackio"),
+        (["--inference-gpus", "1", "--train-gpus", "1", "--placement", "shared"], "not possible with the embedded"),
+    ],
+)
+def test_a_mistake_is_told_in_words_and_with_status_2(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments, env={}) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ('model: {path: "a\\0b"}', "there is no folder 'a"),
+        ("1: {steps: 3}", "1 is not the name of a section or setting"),
+        ("run: {true: 3}", "True is not the name of a section or setting"),
+    ],
+)
+def test_an_odd_file_is_told_in_words(preset: Path, text: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    preset.write_text(text)
+    assert main(["--config", str(preset)], env={}) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--library.seed-file", "--evaluation.suite"])
+@pytest.mark.parametrize("content", [b"{}", b"no json", b"\xff\xfe", b"[1]"])
+def test_a_file_that_holds_no_tasks_is_told_before_anything_starts(option: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{option[2:].replace('-', '_')}: .*{path}"):
+        check(loaded(option, str(path)), output=None, resume=None)
+
+
+def test_a_hub_id_that_cannot_be_had_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="there is no folder a/b here; taken for a hub id, it cannot be fetched"):
+        check(loaded("--model", "a/b", "--model.dialogue", "azr-base"), output=None, resume=None)
+
+
+@pytest.mark.parametrize("preset_name", ["azr-official.yaml", "azr-async-7b.yaml", "starter-cpu.yaml"])
+def test_a_preset_can_be_looked_at_on_a_machine_that_cannot_run_it(
+    preset_name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["--config", str(ROOT / "configs" / preset_name), "--dry-run"], env={}) == 0
+    assert "learner-0" in capsys.readouterr().out
+
+
+def test_the_folder_of_a_run_without_steps_can_be_used_again(tmp_path: Path) -> None:
+    for name in ("config.yaml", "journal.sqlite", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    (tmp_path / "logs").mkdir()
+    assert check(Config(), output=tmp_path, resume=None) is None
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(ConfigError, match="is not an empty folder"):
+        check(Config(), output=tmp_path, resume=None)
+
+
+def test_a_dry_run_tells_what_stands_in_the_way(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dry-run", "--model", "/no/such/model"], env={}) == 2
+    assert "It could not start: model.path: there is no folder /no/such/model." in capsys.readouterr().out
+
+
+def test_ctrl_c_while_loading_is_quiet() -> None:
+    process = subprocess.Popen([sys.executable, "-v", "run.py", "--help"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:  # -v tells what is being imported
+        if "azr_async.config" in line or "pydantic" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    process.stderr.close()
+    assert process.wait(timeout=30) in (130, 120)  # 120: nobody read the last of what -v says
 
 
 def test_a_full_disk_is_told_before_anything_starts(tmp_path: Path) -> None:

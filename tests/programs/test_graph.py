@@ -46,6 +46,9 @@ HELD_OUT = Problem(
 )
 
 
+RESTARTS = (("start", 0), ("resumed", 3), ("again", 3))
+
+
 def scripted_answer(job: GenerateJob, index: int) -> str:
     """Adds, and solves every other attempt; one proposal in five does not run, and some hit the held-out program."""
     prompt, draw = job.prompt.text, job.seed % 1000
@@ -77,7 +80,7 @@ class ScriptedLearner:
         self.replies, self.replied = replies
 
     async def start(self) -> None:
-        await self.requests.send(WeightsReady(version=0))
+        await self.requests.send(WeightsReady(version=self.version))
 
     async def batch(self) -> RolloutBatch:
         await self.requests.send(BatchRequest(version=self.version))
@@ -98,8 +101,10 @@ async def running(
     suite: Sequence[Problem] = (HELD_OUT,),
     stop: asyncio.Event | None = None,
     engine: type[ScriptedEngine] = ScriptedEngine,
+    version: int = 0,
 ) -> AsyncIterator[tuple[ScriptedLearner, Parts]]:
     learner = ScriptedLearner()
+    learner.version = version
     with SqliteJournal(tmp_path / "journal.sqlite") as journal:
         async with SandboxPool(workers=2, label="test_graph") as sandbox:
             parts = Parts(
@@ -111,13 +116,20 @@ async def running(
                 library=Library(capacity=1000, seed=1),
                 suite=suite,
                 usage=lambda: {"busy.inference": 0.0, "busy.sandbox": sandbox.busy_seconds, "tokens.generated": 0.0},
+                gauges=lambda: {"sandbox.forks": 1.0},
                 report=lambda phase, done, total: None,
                 group_ids=count(-1, -1),
+                start_version=version,
             )
+
+            async def begin(version: int) -> Parts:
+                assert version == parts.start_version
+                return parts
+
             async with asyncio.TaskGroup() as group:
                 async with learner.requests:
                     serving = group.create_task(
-                        self_play(parts, learner.requested, learner.replies, stop=stop or asyncio.Event())
+                        self_play(begin, learner.requested, learner.replies, stop=stop or asyncio.Event())
                     )
                     await learner.start()
                     yield learner, parts
@@ -142,6 +154,37 @@ async def test_no_sample_is_sent_twice(tmp_path: Path) -> None:
             seen.update(rollout.rollout_id for rollout in (await learner.batch()).rollouts)
             await learner.trained()
     assert set(seen.values()) == {1}
+
+
+async def test_a_resumed_loop_draws_otherwise_than_from_the_start_and_the_same_each_time(tmp_path: Path) -> None:
+    async def asked(folder: str, version: int) -> list[tuple[str, int]]:
+        jobs: list[tuple[str, int]] = []
+
+        def answer(job: GenerateJob, index: int) -> str:
+            jobs.append((job.prompt.text, job.seed))
+            return scripted_answer(job, index)
+
+        (tmp_path / folder).mkdir()
+        async with running(tmp_path / folder, answer=answer, version=version) as (learner, _):
+            assert (await learner.batch()).version == version
+            with SqliteJournal(tmp_path / folder / "journal.sqlite") as reader:
+                reader.forget_after(version - 1)
+                assert reader.problems() == []  # also the tasks it began with were found with these weights
+        return jobs
+
+    start, resumed, again = [{seed for _, seed in await asked(name, version)} for name, version in RESTARTS]
+    assert not start & resumed
+    assert len(resumed & again) > 20
+
+
+async def test_a_learner_that_ends_before_it_began_ends_self_play(tmp_path: Path) -> None:
+    async def never_begin(version: int) -> Parts:
+        raise AssertionError
+
+    learner = ScriptedLearner()
+    async with learner.requests:
+        pass
+    await self_play(never_begin, learner.requested, learner.replies, stop=asyncio.Event())
 
 
 async def test_rewards_follow_the_judge_and_learnability(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -196,6 +198,7 @@ def test_ctrl_c_lets_the_step_finish_and_exits_130(start: Callable[..., Run]) ->
     run.process.send_signal(signal.SIGINT)
     status, out, err = run.end()
     assert (status, err) == (130, "")
+    assert "finishing the step, writing a checkpoint; Ctrl-C again stops at once" in out
     assert "Stopped after step 1 of 120" in out
     assert (run.run_dir / "finished").exists()
     assert_nothing_is_left(run)
@@ -205,7 +208,31 @@ def test_a_learner_that_cannot_finish_in_time_is_killed(start: Callable[..., Run
     run = start({"learner-0": IGNORES_SIGTERM, "selfplay": UNTIL_TOLD}, stop_seconds=0.5)
     run.wait_until_working()
     run.process.send_signal(signal.SIGTERM)
-    assert run.end()[0] == 130
+    status, out, err = run.end()
+    assert status == 130
+    assert err.startswith("learner-0 did not finish and was killed: the last step was not saved.")
+    assert "No checkpoint was written; the same command starts again." in out
+    assert_nothing_is_left(run)
+
+
+def test_a_learner_that_gives_up_after_its_time_is_told_as_unsaved(start: Callable[..., Run]) -> None:
+    run = start({"learner-0": FOREVER, "selfplay": UNTIL_TOLD}, stop_seconds=0.5)
+    run.wait_until_working()
+    run.process.send_signal(signal.SIGINT)
+    status, _, err = run.end()
+    assert status == 130
+    assert "learner-0 did not finish and was killed: the last step was not saved." in err
+
+
+def test_a_learner_that_fails_while_it_saves_is_told_in_its_words(start: Callable[..., Run]) -> None:
+    fails = UNTIL_TOLD + "\nraise EngineError('the disk is full. Free some space.')"
+    run = start({"inference-0": UNTIL_TOLD, "learner-0": fails, "selfplay": UNTIL_TOLD})
+    run.wait_until_working()
+    run.process.send_signal(signal.SIGINT)
+    status, out, err = run.end()
+    assert status == 130
+    assert err == (f"learner-0 failed: the disk is full. Free some space.\nIts log: {run.run_dir}/logs/learner-0.log\n")
+    assert "nothing to save" not in out
     assert_nothing_is_left(run)
 
 
@@ -263,6 +290,21 @@ def test_the_socket_folder_is_private_and_goes_away() -> None:
         assert wires_dir.name.startswith(WIRES_PREFIX)
         assert wires_dir.stat().st_mode & 0o777 == 0o700
     assert not wires_dir.exists()
+
+
+def test_a_run_that_branches_off_takes_its_history_along(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    (old / "metrics.jsonl").write_text('{"step": 1}\n')
+    with closing(sqlite3.connect(old / "journal.sqlite")) as journal:
+        journal.execute("PRAGMA journal_mode = WAL")
+        journal.execute("CREATE TABLE tasks (name TEXT)")
+        journal.execute("INSERT INTO tasks VALUES ('double')")
+        journal.commit()  # it is in the write-ahead log now, and the old run still has it open
+        claimed_run_dir(new, Config(), old).close()
+    assert (new / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    with closing(sqlite3.connect(new / "journal.sqlite")) as journal:
+        assert journal.execute("SELECT name FROM tasks").fetchall() == [("double",)]
 
 
 def test_every_process_carries_the_run_directory_in_its_command_line(tmp_path: Path) -> None:

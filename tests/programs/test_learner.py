@@ -60,6 +60,9 @@ class Peers:
     tamper: Callable[[WeightsInstalled], WeightsInstalled] = lambda answer: answer
     is_worker_silent: bool = False
     on_request: Callable[[str, int], None] = lambda kind, version: None
+    unanswered_evaluation: int | None = None
+    """Version whose evaluation is never answered."""
+    first_batch_after_seconds: float = 0.0
     heard: list[tuple[str, int]] = field(default_factory=list)
     model: Any = field(default_factory=lambda: random_model("qwen2-tied", seed=77))
     installed: int = -1
@@ -80,9 +83,11 @@ class Peers:
                 self.note(type(request).__name__, request.version)
                 match request:
                     case BatchRequest(version=version):
+                        if version == 0:
+                            await asyncio.sleep(self.first_batch_after_seconds)
                         batch = random_batch(version, lag=1)
                         await replies.send(RolloutBatch(version=version, rollouts=batch.rollouts, stats=STATS))
-                    case EvaluationRequest(version=version):
+                    case EvaluationRequest(version=version) if version != self.unanswered_evaluation:
                         solved = (True, version > 0, False, True)
                         await replies.send(
                             EvaluationResult(version=version, tasks=TASKS, solved=solved, valid={"deduction": 0.8})
@@ -293,6 +298,54 @@ async def test_a_resumed_run_ends_like_one_that_was_never_interrupted(tmp_path: 
     lines = lines_of(halves)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
     assert [line["wall_seconds"] for line in lines] == sorted(line["wall_seconds"] for line in lines)
+
+
+async def test_a_run_resumed_from_an_older_checkpoint_leaves_nothing_of_the_abandoned_steps(tmp_path: Path) -> None:
+    config = a_config(tmp_path)
+    await run_learner(tmp_path, config)
+    root = tmp_path / "run" / "checkpoints"
+    (root / "step-000005").rename(root / "step-000120")
+    shorter = config.model_copy(update={"run": config.run.model_copy(update={"steps": 6})})
+    await run_learner(tmp_path, shorter, resume=root / "step-000004")
+    assert [line["step"] for line in lines_of(tmp_path)] == [0, 1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines_of(tmp_path, "evaluations.jsonl")] == [0, 2, 4, 6]
+    assert sorted(path.name for path in root.iterdir()) == ["step-000004", "step-000006"]
+
+
+async def test_a_run_resumed_into_another_folder_continues_the_copied_lines(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    config = a_config(tmp_path)
+    await run_learner(old, config)
+    (new / "run").mkdir(parents=True)
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        copied = (old / "run" / name).read_bytes()
+        (new / "run" / name).write_bytes(copied)
+    await run_learner(new, config, resume=old / "run" / "checkpoints" / "step-000004")
+    before, after = lines_of(old), lines_of(new)
+    assert [line["step"] for line in after] == [0, 1, 2, 3, 4, 5]
+    assert after[:5] == before[:5]
+    assert after[5]["wall_seconds"] > after[4]["wall_seconds"]
+    assert [line["step"] for line in lines_of(new, "evaluations.jsonl")] == [0, 2, 4, 5]
+    assert sorted(path.name for path in (new / "run" / "checkpoints").iterdir()) == ["step-000005"]
+    assert sorted(path.name for path in (old / "run" / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+
+
+async def test_a_checkpoint_is_not_written_before_the_line_of_its_step(tmp_path: Path) -> None:
+    config = a_config(tmp_path, wires={"step_seconds": 1.0})
+    (tmp_path / "wires").mkdir()
+    async with failing_with(PeerVanished) as messages:
+        await run_learner(tmp_path, config, Peers(config, tmp_path / "wires", unanswered_evaluation=2))
+    assert "no EvaluationResult from selfplay within 1 s" in messages[0]
+    assert [line["step"] for line in lines_of(tmp_path)] == [0, 1]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+async def test_the_first_batch_may_take_the_time_of_the_start_on_top(tmp_path: Path) -> None:
+    config = a_config(tmp_path, run={"steps": 1}, wires={"step_seconds": 0.2, "start_seconds": 20.0})
+    (tmp_path / "wires").mkdir()
+    await run_learner(tmp_path, config, Peers(config, tmp_path / "wires", first_batch_after_seconds=0.5))
+    assert [line["step"] for line in lines_of(tmp_path)] == [0, 1]
 
 
 async def test_a_stop_finishes_the_step_and_writes_a_checkpoint(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis.strategies import booleans, integers
 
 from azr_async.config import Config
 from azr_async.errors import ConfigError
-from azr_async.programs.placement import check_gpus, command, environment, gpus_needed, place
+from azr_async.programs.placement import check_engines, check_gpus, command, environment, gpus_needed, place
 
 
 def config(inference: int, train: int, span: int = 1, mode: str = "dedicated") -> Config:
@@ -75,15 +75,38 @@ def test_too_many_gpus_are_an_error_exactly_when_there_are_fewer(
     ("settings", "found", "advice"),
     [
         (config(4, 4), 0, "has no GPU. Leave --inference-gpus and --train-gpus out to run on the CPU"),
-        (config(1, 1), 1, "--inference-gpus 1 --train-gpus 1 --placement shared"),
+        (config(1, 1), 1, "it takes two. For the CPU leave"),
         (config(4, 4), 6, "--inference-gpus 3 --train-gpus 3"),
         (config(4, 4, span=2), 6, "--inference-gpus 2 --train-gpus 4"),
-        (config(8, 1, span=8), 4, "lower --placement.tensor-parallel to 4"),
+        (config(8, 1, span=8), 4, "lower --placement.tensor-parallel below 4"),
     ],
 )
 def test_too_many_gpus_are_answered_with_what_fits(settings: Config, found: int, advice: str) -> None:
     with pytest.raises(ConfigError, match=advice):
         check_gpus(settings, found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (config(4, 1, span=2), "the embedded engine runs on one GPU. Leave tensor_parallel out"),
+        (config(1, 1, mode="shared"), "is not possible with the embedded engine yet"),
+    ],
+)
+def test_a_placement_that_no_engine_can_fill_is_refused(settings: Config, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        check_engines(settings)
+
+
+def test_what_engines_can_fill_is_not_refused() -> None:
+    for settings in (Config(), config(4, 4), Config.model_validate({"placement": {"mode": "shared"}})):
+        check_engines(settings)
+
+
+def test_a_rank_alone_meets_nobody() -> None:
+    everyone = place(Config())
+    rank = environment(everyone[-1], everyone, {"WORLD_SIZE": "8", "LOCAL_RANK": "3"}, rendezvous_port=4711)
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & rank.keys()
 
 
 def test_an_engine_sees_its_own_gpus_and_a_rank_all_train_gpus() -> None:

@@ -1,38 +1,59 @@
 """Starting from a user's own tasks."""
 
 import asyncio
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 
+from azr_async.adapters.journal import SqliteJournal
 from azr_async.adapters.sandbox.pool import SandboxPool
 from azr_async.algorithm.library import Library
 from azr_async.config import ProposeConfig
 from azr_async.errors import ConfigError
-from azr_async.programs.seeds import add_seed_file, read_drafts
+from azr_async.messages import Problem
+from azr_async.programs.seeds import add_seeds, read_drafts, seed_problems
 
 
-async def added(path: Path, text: str) -> Library:
-    library = Library(capacity=100, seed=0)
+async def problems_of(path: Path, text: str, *, held_out_programs: Collection[str] = ()) -> list[Problem]:
     await asyncio.to_thread(path.write_text, text)
     async with SandboxPool(workers=1, label="test_seeds") as sandbox:
-        await add_seed_file(path, library, sandbox=sandbox, config=ProposeConfig(), held_out_programs=())
-    return library
+        return await seed_problems(path, sandbox=sandbox, config=ProposeConfig(), held_out_programs=held_out_programs)
 
 
-async def test_tasks_of_a_file_are_run_and_kept(tmp_path: Path) -> None:
+async def test_tasks_of_a_file_are_run_and_kept_in_its_order(tmp_path: Path) -> None:
     lines = (
         '{"task": "deduction", "program": "def f(x):\\n    return x * 2", "input": "21"}\n\n'
         '{"task": "induction", "program": "def f(x): return -x", "inputs": ["1", "2", "3"], "message": "negate"}\n'
     )
-    library = await added(tmp_path / "seeds.jsonl", lines)
-    assert library.sizes() == {"deduction": 2, "abduction": 1, "induction": 1}
-    assert [pair.output for pair in library.task("induction").pairs] == ["-1", "-2", "-3"]
+    doubled, negated = await problems_of(tmp_path / "seeds.jsonl", lines)
+    assert [pair.output for pair in doubled.pairs] == ["42"]
+    assert [pair.output for pair in negated.pairs] == ["-1", "-2", "-3"]
+
+
+async def test_seeds_enter_the_library_and_the_journal_unless_they_are_known(tmp_path: Path) -> None:
+    line = '{"task": "deduction", "program": "def f(x):\\n    return x * 2", "input": "21"}\n'
+    problems = await problems_of(tmp_path / "seeds.jsonl", line * 2)
+    library = Library(capacity=100, seed=0)
+    with SqliteJournal(tmp_path / "journal.sqlite") as journal:
+        for _ in range(2):
+            await add_seeds(problems, library, journal)
+        assert journal.problems() == problems[:1]
+        journal.forget_after(0)
+        assert journal.problems() == problems[:1]
+    assert library.sizes() == {"deduction": 2, "abduction": 1, "induction": 0}
+
+
+async def test_held_out_programs_are_passed_over(tmp_path: Path) -> None:
+    line = '{"task": "deduction", "program": "def f(x): return x", "input": "1"}'
+    assert await problems_of(tmp_path / "seeds.jsonl", line, held_out_programs=("def f(x): return x",)) == []
 
 
 async def test_a_task_that_does_not_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="task 1 is not valid: error"):
-        await added(tmp_path / "seeds.jsonl", '{"task": "deduction", "program": "def f(x): return y", "input": "1"}')
+    good = '{"task": "deduction", "program": "def f(x): return x", "input": "1"}'
+    bad = good.replace("return x", "return y")
+    with pytest.raises(ConfigError, match=r"line 3: not a valid task: error \(NameError\)"):
+        await problems_of(tmp_path / "seeds.jsonl", f"{good}\n\n{bad}\n{bad}")
 
 
 @pytest.mark.parametrize("line", ["{", '{"task": "deduction"}', '{"task": "poetry", "program": "", "input": ""}', "7"])

@@ -1,5 +1,7 @@
 """Addresses of wires, and the configuration that every program reads."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,17 @@ from hypothesis.strategies import integers, sampled_from
 from azr_async.config import Config
 from azr_async.errors import AzrError, ConfigError, PeerVanished
 from azr_async.programs.folders import claimed_run_dir
-from azr_async.programs.wiring import Reporter, endpoint, endpoint_names, load_run_config, read_last_words, root_causes
+from azr_async.programs.wiring import (
+    LAUNCHER_PID_FILE,
+    Reporter,
+    endpoint,
+    endpoint_names,
+    load_run_config,
+    read_last_words,
+    root_causes,
+)
+
+ROOT = Path(__file__).parents[2]
 
 
 @given(workers=integers(1, 200), transport=sampled_from(["ipc", "tcp"]))
@@ -66,3 +78,20 @@ def test_a_program_that_had_no_time_to_speak_left_no_words(tmp_path: Path) -> No
     (tmp_path / "learner-0.failed").write_text('{"message": "half')
     assert read_last_words(tmp_path, "learner-0") is None
     assert read_last_words(tmp_path, "selfplay") is None
+
+
+@pytest.mark.parametrize("left", ["", "1"])
+def test_a_program_without_its_launcher_does_not_start(tmp_path: Path, left: str) -> None:
+    if left:  # of a launcher that is not its parent
+        (tmp_path / LAUNCHER_PID_FILE).write_text(left)
+    program = (
+        "import sys; from pathlib import Path; from azr_async.config import Config\n"
+        "from azr_async.programs.wiring import program_main\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "async def main(reporter): (folder / 'started').touch()\n"
+        "sys.exit(program_main('selfplay', folder, folder, Config(), main))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "the launcher of this run is gone" in done.stderr
+    assert not (tmp_path / "started").exists()

@@ -198,6 +198,7 @@ def stage_that_only_waits(name: str) -> Callable[[], Awaitable[None]]:
             proposal_limit=9,
             side_by_side=1,
             group_ids=count(-1, -1),
+            version=0,
             on_progress=lambda done, total: None,
         ),
     }

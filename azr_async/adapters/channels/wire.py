@@ -20,11 +20,15 @@ from azr_async.messages import Message
 
 KINDS: Final[Mapping[str, type[Message]]] = {kind.__name__: kind for kind in get_args(Message)}
 
-LONGEST_LIST: Final = 32_768
+LONGEST_LIST: Final = 262_144
 """Entries of one list. msgpack makes room for a list before it has seen the entries, and lists may nest."""
 
 _DTYPES: Final = {1: np.dtype("<i4"), 2: np.dtype("<f4")}
 _CODES: Final = {dtype: code for code, dtype in _DTYPES.items()}
+_TOO_LONG: Final[Mapping[str, str]] = {
+    "RolloutBatch": "Lower flow.solve_samples or flow.propose_samples",
+    "EvaluationResult": "Use an evaluation.suite of fewer tasks",
+}
 _WHAT_TO_DO: Final = "It was refused whole. Run the same version of azr_async on both ends."
 
 Reader = Callable[[object], Any]
@@ -37,7 +41,8 @@ def encode(message: Message) -> bytes:
     """The message as bytes.
 
     Raises:
-        MessageError: it holds something that cannot travel, such as an array of another dtype or a lone surrogate.
+        MessageError: it holds something that cannot travel, such as an array of another dtype, a lone surrogate or
+            a list that `decode` would refuse.
     """
     name = type(message).__name__
     if KINDS.get(name) is not type(message):
@@ -75,10 +80,21 @@ def _packable(value: object) -> object:
             raise TypeError(f"an array of {value.dtype} in {value.ndim} dimensions is not a row of int32 or float32")
         return msgpack.ExtType(code, value.tobytes())
     if dataclasses.is_dataclass(value):
-        return {name: getattr(value, name) for name in _readers(type(value))}
+        fields = {name: getattr(value, name) for name in _readers(type(value))}
+        for name, content in fields.items():
+            if isinstance(content, tuple) and len(content) > LONGEST_LIST:
+                raise _too_long(type(value).__name__, name, len(content))
+        return fields
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"a value of type {type(value).__name__} has no place on the wire")
+
+
+def _too_long(kind: str, field: str, count: int) -> MessageError:
+    what_to_do = _TOO_LONG.get(kind, "Look at the stage that built it")
+    return MessageError(
+        f"{kind}.{field} has {count} entries, more than the {LONGEST_LIST} that travel in one message. {what_to_do}."
+    )
 
 
 def _unpacked(data: bytes | memoryview) -> object:

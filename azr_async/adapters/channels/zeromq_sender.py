@@ -92,7 +92,7 @@ class ZmqSender(Generic[M]):
             if len(payload) > self._limit_bytes:
                 raise MessageError(
                     f"a {type(message).__name__} of {len(payload)} bytes is more than the {self._limit_bytes} that "
-                    f"{self._peer} takes. Send smaller batches or raise that channel's limit."
+                    f"{self._peer} takes. Raise wires.message_mb, or lower flow.solve_samples if it is a batch."
                 )
             self._sent += 1
             post(self._socket, protocol.DATA, payload)

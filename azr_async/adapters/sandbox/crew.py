@@ -19,7 +19,7 @@ Require = Literal["strict", "best-effort"]
 
 SPARE_SLOTS: Final = 10
 """Zygotes beyond `workers`, for programs that take long, so that they delay no other."""
-STRAGGLER_SECONDS: Final = 0.1
+STRAGGLER_SECONDS: Final = 0.2
 PARSERS: Final = 2
 ATTEMPTS: Final = 3
 """How often a request is handed to another process when one dies under it."""
@@ -89,7 +89,9 @@ class Crew:
                 async with self._lanes[flavour].member() as slot:
                     permit.expire_in(STRAGGLER_SECONDS)
                     with self.meter.running():
-                        return await slot.run(request, self._limits, inputs=len(arguments))
+                        report = await slot.run(request, self._limits, inputs=len(arguments))
+                    self.meter.kills += report.was_killed
+                    return report
             except HelperGone:
                 continue
             finally:

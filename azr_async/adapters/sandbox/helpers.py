@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -25,7 +26,6 @@ _BOOTSTRAP: Final = (
 )
 _PYTHON_OPTIONS: Final = ("-s", "-P", "-S", "-B", "-W", "ignore", "-X", "utf8")
 _F_SETPIPE_SZ: Final = 1031
-_F_GETPIPE_SZ: Final = 1032
 
 Role = Literal["zygote", "parser"]
 
@@ -55,7 +55,7 @@ class Helper:
     result_fd: int
     """Read, non-blocking."""
     result_pipe_bytes: int
-    """What the pipe of results holds."""
+    """What the pipe of results surely holds; 0 if that is not known."""
     request_fd: int
     """Write, non-blocking."""
     leftover_fd: int
@@ -64,13 +64,22 @@ class Helper:
     report_fd: int
     layers: dict[str, str]
 
+    def strike(self) -> None:
+        """Begin to `kill`, without waiting for the end."""
+        if self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
     def kill(self) -> None:
         """End the process and all that it started, now. Safe to call twice."""
         if self.process.returncode is not None:
             return
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.strike()
         self.process.wait(KILL_SECONDS)
+        # Its own children are not ours to wait for; but the last of them to end hangs up the pipe of results.
+        last = select.poll()
+        last.register(self.result_fd, 0)
+        last.poll(KILL_SECONDS * 1000)
         for fd in (self.result_fd, self.request_fd, self.leftover_fd, self.control_fd, self.report_fd):
             os.close(fd)
 
@@ -80,29 +89,7 @@ async def start_helper(role: Role, settings: HelperSettings, *, flavour: int = 0
 
     Raises SandboxError when it does not come up within `START_SECONDS`.
     """
-    result_read, result_write = os.pipe()
-    request_read, request_write = os.pipe()
-    control_read, control_write = os.pipe()
-    report_read, report_write = os.pipe()
-    theirs = [result_write, request_read, control_read, report_write]
-    ours = [result_read, request_write, control_write, report_read]
-    for fd in (result_read, request_write):
-        _enlarge(fd)
-    process = _execute(role, settings, flavour=flavour, fds=theirs)
-    for fd in (result_write, control_read, report_write):
-        os.close(fd)
-    for fd in ours:
-        os.set_blocking(fd, False)
-    helper = Helper(
-        process=process,
-        result_fd=result_read,
-        result_pipe_bytes=fcntl.fcntl(result_read, _F_GETPIPE_SZ),
-        request_fd=request_write,
-        leftover_fd=request_read,
-        control_fd=control_write,
-        report_fd=report_read,
-        layers={},
-    )
+    helper = _launch(role, settings, flavour)
     try:
         helper.layers.update(await _read_ready_message(helper, role))
     finally:
@@ -111,7 +98,41 @@ async def start_helper(role: Role, settings: HelperSettings, *, flavour: int = 0
     return helper
 
 
-def _execute(role: Role, settings: HelperSettings, *, flavour: int, fds: list[int]) -> subprocess.Popen[bytes]:
+def _launch(role: Role, settings: HelperSettings, flavour: int) -> Helper:
+    result_read, result_write = os.pipe()
+    request_read, request_write = os.pipe()
+    control_read, control_write = os.pipe()
+    report_read, report_write = os.pipe()
+    ours = [result_read, request_write, control_write, report_read]
+    result_pipe_bytes = _enlarge(result_read)
+    _enlarge(request_write)
+    try:
+        process = _execute(role, settings, flavour, [result_write, request_read, control_read, report_write])
+    except OSError as error:
+        for fd in (*ours, request_read):
+            os.close(fd)
+        raise SandboxError(
+            f"the sandbox's {role} cannot be started ({error.strerror}). Are this user's processes or the memory used "
+            "up? Lower sandbox.workers."
+        ) from None
+    finally:
+        for fd in (result_write, control_read, report_write):
+            os.close(fd)
+    for fd in ours:
+        os.set_blocking(fd, False)
+    return Helper(
+        process=process,
+        result_fd=result_read,
+        result_pipe_bytes=result_pipe_bytes,
+        request_fd=request_write,
+        leftover_fd=request_read,
+        control_fd=control_write,
+        report_fd=report_read,
+        layers={},
+    )
+
+
+def _execute(role: Role, settings: HelperSettings, flavour: int, fds: list[int]) -> subprocess.Popen[bytes]:
     options = {
         "allowed_imports": list(settings.allowed_imports),
         "memory_mb": settings.memory_mb,
@@ -135,10 +156,14 @@ def _execute(role: Role, settings: HelperSettings, *, flavour: int, fds: list[in
     )
 
 
-def _enlarge(fd: int) -> None:
-    # A whole request or result then fits, and nobody waits for the other end. Refused when the user has many pipes.
-    with suppress(PermissionError):
-        fcntl.fcntl(fd, _F_SETPIPE_SZ, PIPE_BYTES)
+def _enlarge(fd: int) -> int:
+    """Make room for a whole request or result, so that nobody waits for the other end; how many bytes fit now.
+
+    Refused to users with many pipes, and by kernels that do not know it.
+    """
+    with suppress(OSError):
+        return fcntl.fcntl(fd, _F_SETPIPE_SZ, PIPE_BYTES)
+    return 0
 
 
 async def _read_ready_message(helper: Helper, role: Role) -> dict[str, str]:

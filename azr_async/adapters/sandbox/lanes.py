@@ -5,12 +5,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final, Generic, Protocol, TypeVar
 
+from azr_async.adapters.sandbox.helpers import Helper
 from azr_async.errors import SandboxError
 
 
 class Member(Protocol):
     """One process of a lane."""
 
+    helper: Helper
     is_broken: bool
 
     def close(self) -> None: ...
@@ -38,6 +40,8 @@ class Lane(Generic[MemberT]):
     def close(self) -> None:
         """Kill every process; whoever uses one is told."""
         self._is_closed = True
+        for member in self._all:
+            member.helper.strike()
         for member in tuple(self._all):
             member.close()
         self._all.clear()

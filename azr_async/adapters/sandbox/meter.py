@@ -20,6 +20,8 @@ class Meter:
         self.remembered = 0
         """Outcomes that were answered from memory."""
         self.forks = 0
+        self.kills = 0
+        """Programs that were ended at their wall deadline."""
         self.waiting = 0
         """Programs that wait for a free process now."""
         self._running = 0

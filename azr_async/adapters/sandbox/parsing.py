@@ -15,7 +15,7 @@ from azr_async.adapters.sandbox.inside.wire import split_parts, with_length
 from azr_async.adapters.sandbox.lanes import Lane
 from azr_async.adapters.sandbox.slots import CHUNK_BYTES, RequestWriter
 
-PARSE_SECONDS: Final = 2.0
+PARSE_SECONDS: Final = 5.0
 REPLY_BYTES: Final = 1 << 24
 TOGETHER: Final = 16
 TOGETHER_CHARACTERS: Final = 1 << 17

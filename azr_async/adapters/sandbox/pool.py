@@ -102,6 +102,20 @@ class SandboxPool:
         """Total so far: wall time in which a program was running, added up over programs running side by side."""
         return self._crew.meter.busy_seconds
 
+    def numbers(self) -> dict[str, float]:
+        """Everything countable so far, by flat names: for metrics."""
+        meter = self._crew.meter
+        return {
+            **{f"executions.{status}": float(count) for status, count in meter.statuses.items()},
+            **{f"latency_ms.p{percentile}": ms for percentile, ms in meter.latency_ms(50, 90, 99).items()},
+            "remembered": float(meter.remembered),
+            "forks": float(meter.forks),
+            "kills": float(meter.kills),
+            "restarts": float(self._crew.restarts),
+            "waiting": float(meter.waiting),
+            "busy_seconds": meter.busy_seconds,
+        }
+
     async def run(
         self, program: str, inputs: Sequence[str], *, times: int = 1, input_mode: InputMode = "literal"
     ) -> list[Outcome]:

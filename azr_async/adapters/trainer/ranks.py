@@ -19,11 +19,12 @@ GRACE_SECONDS: Final = 60.0
 def connect_ranks(config: Config) -> Accelerator:
     """Join the other ranks: gloo on the CPU, NCCL on GPUs; RANK, WORLD_SIZE, ... are the launcher's.
 
-    A rank waits for rank 0 as long as rank 0 may wait for a batch or for the start of the engines.
+    A rank waits for rank 0 longer than rank 0 may wait for the others between two batches, or before the first one.
 
     Raises PeerVanished when the others do not appear in time.
     """
-    longest_seconds = max(config.wires.start_seconds, config.wires.step_seconds) + GRACE_SECONDS
+    wires, weights = config.wires, config.weights
+    longest_seconds = 2 * (wires.start_seconds + wires.step_seconds + weights.deadline_seconds) + GRACE_SECONDS
     is_cpu = config.placement.train_gpus == 0
     try:
         return Accelerator(

@@ -7,7 +7,6 @@ answers `V"escaped"` if it got through; an error or the end of its process is wh
 import _thread
 import ctypes
 import os
-import socket
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -19,6 +18,7 @@ CANARY: Final = b"P"
 
 _X86_64: Final = os.uname().machine == "x86_64"
 _PTRACE_ATTACH: Final = 16
+_AF_INET, _SOCK_STREAM = 2, 1
 _RESULT, _CONTROL, _REPORT = 3, 5, 6
 
 
@@ -52,7 +52,7 @@ def _make_directory() -> None:
 
 
 def _open_a_socket() -> None:
-    socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    kernel.system_call(41 if _X86_64 else 198, _AF_INET, _SOCK_STREAM, 0)
 
 
 def _signal_the_zygote() -> None:

@@ -61,7 +61,7 @@ def confine(options: Options, *, filter_name: str) -> Report:
     _try(report, "oom_score", _be_killed_first)
     _try(report, "namespaces", _leave_namespaces)
     if report["namespaces"].startswith("verified"):
-        _go_on_in_a_new_process()
+        _go_on_in_a_new_process(options["parent"])
         _try(report, "file_view", _empty_file_view)
     else:
         report["file_view"] = "unavailable: needs a mount namespace"
@@ -173,10 +173,11 @@ def _works_in_a_fork(attempt: Callable[[], None]) -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
-def _go_on_in_a_new_process() -> None:
+def _go_on_in_a_new_process(owner: int) -> None:
     """The PID namespace holds only processes started from now on: this one stays behind and waits for its child."""
     child = os.fork()
     if child != 0:
+        die_with(owner)  # the change of user has taken it off
         os.closerange(3, 256)
         os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)
     die_with(None)

@@ -1,6 +1,5 @@
 """First code of a sandboxed process: `python -c BOOTSTRAP ROOT ROLE OPTIONS LABEL`, with an empty environment."""
 
-import fcntl
 import json
 import os
 import sys
@@ -30,9 +29,11 @@ def main() -> None:
 
 def _take_descriptors(fds: list[int]) -> None:
     """Make the inherited `fds` descriptors 3, 4, ...; 0 to 2 become /dev/null; close every other one."""
-    parked = [fcntl.fcntl(fd, fcntl.F_DUPFD, 3 + len(fds)) for fd in fds]
-    for number, fd in enumerate(parked):
-        os.dup2(fd, 3 + number)
+    parking = max(3 + len(fds), *fds) + 1
+    for number, fd in enumerate(fds):
+        os.dup2(fd, parking + number)
+    for number in range(len(fds)):
+        os.dup2(parking + number, 3 + number)
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)

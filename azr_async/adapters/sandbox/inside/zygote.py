@@ -22,15 +22,16 @@ from azr_async.adapters.sandbox.inside.clock import shift_clock
 from azr_async.adapters.sandbox.inside.program import Stage, builtin_names
 from azr_async.adapters.sandbox.inside.wire import ORDER, REPORT, read_frame, split_parts, write_frame
 
-STRAGGLER_SECONDS: Final = 0.1
-STRAGGLER_NICENESS: Final = 10
+STRAGGLER_SECONDS: Final = 0.2
+STRAGGLER_NICENESS: Final = 5
 """Programs that take long give way to those that do not."""
 
 _CODECS: Final = """
-    idna ascii latin_1 utf_16 utf_32 unicode_escape raw_unicode_escape hex_codec rot_13 cp1252 cp437 shift_jis gbk big5
-    euc_jp euc_kr koi8_r iso8859_15
+    ascii latin_1 utf_16 utf_32 unicode_escape raw_unicode_escape hex_codec rot_13 cp1252 cp437 koi8_r iso8859_15
 """
-_IMPORTED_LATE: Final = ("collections.abc", "heapq", "inspect", "math", "stringprep", "unicodedata", "weakref")
+_LARGE_CODECS: Final = "idna punycode shift_jis gbk big5 euc_jp euc_kr"
+"""With libraries of their own. Every mapping makes each fork dearer, so they come only with the module `codecs`."""
+_IMPORTED_LATE: Final = ("collections.abc", "heapq", "inspect", "math", "weakref")
 """Modules that the standard library imports only when some function is called; a child could not open them."""
 
 _WARM_UP: Final = """
@@ -125,11 +126,13 @@ def _ended(child: int, deadline: float) -> tuple[int, int, resource.struct_rusag
 def _import_what_programs_may_use(allowed_imports: list[str]) -> None:
     # threading, random and logging ask to be run at every fork: half a millisecond that nobody here needs.
     os.register_at_fork = lambda **hooks: None
-    codecs = [f"encodings.{codec}" for codec in _CODECS.split()]
-    dates = ["_strptime"] if {"time", "datetime"} & set(allowed_imports) else []
-    for name in [*allowed_imports, *codecs, *dates, *_IMPORTED_LATE]:
+    codecs = f"{_CODECS} {_LARGE_CODECS}" if "codecs" in allowed_imports else _CODECS
+    names = [f"encodings.{codec}" for codec in codecs.split()]
+    names += ["_strptime"] if {"time", "datetime"} & set(allowed_imports) else []
+    names += ["stringprep", "unicodedata"] if "codecs" in allowed_imports else []
+    for name in [*allowed_imports, *_IMPORTED_LATE, *names]:
         __import__(name)
-    for name in ("settrace", "setprofile", "_current_frames"):
+    for name in {"settrace", "setprofile", "_current_frames", "monitoring"} & set(vars(sys)):
         delattr(sys, name)  # with these a program could follow the code that writes its result
 
 
