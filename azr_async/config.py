@@ -491,7 +491,7 @@ class Config(Section):
         if self.learner.minibatches > 1 and self.learner.proximal == "detached":
             yield (
                 f"learner.minibatches = {self.learner.minibatches} with learner.proximal = detached has no trust "
-                "region: the ratio is 1 in every update. Set learner.proximal to recomputed, or learner.minibatches to 1."
+                "region: the ratio is 1 in every update. Set learner.proximal to recomputed, or minibatches to 1."
             )
         longest = max(self.propose.max_tokens, self.solve.max_tokens)
         if longest >= self.engine.context_tokens:
