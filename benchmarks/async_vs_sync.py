@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from runs import run, write_json
+from whole_runs import run, write_json
 
 FIRST_STEPS = 5
 """Left out: the windows of an asynchronous run fill up before the first step."""

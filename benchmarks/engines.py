@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from runs import write_json
+from whole_runs import write_json
 
 from azr_async.adapters.engine_transformers import EmbeddedEngine
 from azr_async.adapters.models import load_model

@@ -15,8 +15,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from runs import read_lines, run, write_json
 from scipy.stats import binomtest, t
+from whole_runs import read_lines, run, write_json
 
 LEAST_GAIN = 0.10
 LARGEST_P = 0.01

@@ -24,7 +24,7 @@ from typing import Any
 import uvloop
 from rich.console import Console
 from rich.table import Table
-from runs import write_json
+from whole_runs import write_json
 
 from azr_async.adapters.sandbox.pool import SandboxPool
 from azr_async.messages import Outcome
