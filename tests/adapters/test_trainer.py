@@ -436,3 +436,30 @@ def test_gradient_checkpointing_changes_no_result() -> None:
     plain, _ = trained(settings(), batches)
     checkpointed, _ = trained(settings(learner={"gradient_checkpointing": True}), batches)
     assert all(torch.equal(checkpointed[name], plain[name]) for name in plain)
+
+
+def at_temperature(rollout: Rollout, temperature: float) -> Rollout:
+    """The rollout as if the untrained model had sampled it at this temperature."""
+    ids = torch.from_numpy(rollout.token_ids.astype(np.int64))
+    with torch.no_grad():
+        logits = random_model("qwen2-tied").eval()(input_ids=ids[None]).logits[0, :-1].float() / temperature
+    logp = -functional.cross_entropy(logits, ids[1:], reduction="none").numpy()
+    behavior_logp = np.concatenate([np.zeros(rollout.prompt_length), logp[rollout.prompt_length - 1 :]])
+    return replace(rollout, behavior_logp=behavior_logp.astype(np.float32))
+
+
+def test_samples_of_another_temperature_are_on_policy_under_that_temperature() -> None:
+    config = settings(solve={"temperature": 0.7}, propose={"temperature": 0.7}, flow={"max_lag": 0})
+    batch = random_batch(0)
+    report = trainer_of(config).train(
+        replace(batch, rollouts=tuple(at_temperature(rollout, 0.7) for rollout in batch.rollouts))
+    )
+    assert report.kl_k1 == pytest.approx(0.0, abs=1e-5)
+    assert report.ess == pytest.approx(1.0, abs=1e-4)
+
+
+def test_an_entropy_bonus_raises_the_entropy() -> None:
+    batches = [random_batch(version) for version in range(8)]
+    batches = [replace(b, rollouts=tuple(replace(r, reward=0.0) for r in b.rollouts)) for b in batches]
+    _, reports = trained(settings(learner={"entropy_weight": 1.0, "learning_rate": 1e-2}, flow={"max_lag": 0}), batches)
+    assert reports[-1].entropy > reports[0].entropy

@@ -184,7 +184,9 @@ class Trainer:
         # DDP averages over the ranks; the loss is a sum over them.
         self._accelerator.backward(loss * self._accelerator.num_processes)
         sums, largest = losses.measures(logp_N, chunk.behavior_logp_N, is_cut_N, tokens.is_trained)
-        heads = torch.stack([loss.detach().double(), entropy_N.detach().double().sum()])
+        heads = torch.stack(
+            [loss.detach().double(), torch.where(tokens.is_trained, entropy_N.detach(), 0.0).double().sum()]
+        )
         return torch.cat([heads, sums]), largest
 
 
