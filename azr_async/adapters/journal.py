@@ -82,7 +82,10 @@ class SqliteJournal:
             ]
 
     def _unwritable(self, error: sqlite3.Error) -> CheckpointError:
-        return CheckpointError(f"{self._path} cannot be written: {error}. Free disk space and continue with --resume.")
+        return CheckpointError(
+            f"{self._path} cannot be written: {error}. Free disk space, then continue with --resume, "
+            "or start again if there is no checkpoint yet."
+        )
 
     def __enter__(self) -> Self:
         return self
