@@ -81,4 +81,4 @@ class Journal(Protocol):
     """Durable record of the valid tasks."""
 
     async def add(self, problem: Problem, *, version: int) -> None:
-        """Keep a task that was found under weights of `version`; on disk when this returns."""
+        """Keep a task that was found under weights of `version`; a killed process does not lose it."""

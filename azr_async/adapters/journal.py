@@ -25,7 +25,10 @@ CREATE TABLE IF NOT EXISTS tasks (
 
 
 class SqliteJournal:
-    """Fulfils ports.Journal. One writer; every accepted task is on disk before it is used."""
+    """Fulfils ports.Journal: one writer, and every accepted task is committed before it is used.
+
+    A commit survives a killed process, but is not fsynced: a power cut may take the last ones.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path

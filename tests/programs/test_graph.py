@@ -217,7 +217,7 @@ async def test_accepted_tasks_are_on_disk_before_they_are_solved(tmp_path: Path)
             assert len(reader.problems()) >= in_library - 2  # the two identity triplets are given, not found
 
 
-async def test_evaluation_is_greedy_and_answers_in_the_suites_order(tmp_path: Path) -> None:
+async def test_evaluation_answers_in_the_suites_order(tmp_path: Path) -> None:
     suite = [HELD_OUT, replace(HELD_OUT, pairs=(Pair(input="2", output="3", value=encode(3)),))]
     async with running(tmp_path, suite=suite) as (learner, _):
         await learner.requests.send(EvaluationRequest(version=0))
