@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from whole_runs import write_json
 
-from azr_async.adapters.engine_transformers import EmbeddedEngine
+from azr_async.adapters.engines.embedded import EmbeddedEngine
 from azr_async.adapters.models import load_model
 from azr_async.algorithm.dialogue import make_dialogue
 from azr_async.messages import GenerateJob, Prompt

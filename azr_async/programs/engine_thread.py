@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from azr_async.adapters.engine_transformers import EmbeddedEngine
+from azr_async.adapters.engines.embedded import EmbeddedEngine
 from azr_async.adapters.models import load_model
 from azr_async.adapters.weights import WeightGroup, connect_store
 from azr_async.config import Config

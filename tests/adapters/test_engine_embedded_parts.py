@@ -6,10 +6,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as some
 
-from azr_async.adapters.engine_transformers.cache import prefill_order
-from azr_async.adapters.engine_transformers.rows import compaction
-from azr_async.adapters.engine_transformers.texts import Texts
-from azr_async.adapters.engine_transformers.waiting import Waiting
+from azr_async.adapters.engines.embedded.cache import prefill_order
+from azr_async.adapters.engines.embedded.rows import compaction
+from azr_async.adapters.engines.embedded.waiting import Waiting
+from azr_async.adapters.engines.texts import Texts
 from azr_async.messages import Prompt
 from tests.random_models import END, a_job, byte_tokenizer
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from azr_async.adapters.engine_transformers.attention import use_grouped_attention
-from azr_async.adapters.engine_transformers.cache import SlotCache
+from azr_async.adapters.engines.embedded.attention import use_grouped_attention
+from azr_async.adapters.engines.embedded.cache import SlotCache
 from azr_async.errors import EngineError
 
 Ids = NDArray[np.int32] | NDArray[np.int64]

@@ -6,7 +6,7 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from azr_async.adapters.engine_transformers.texts import Texts
+from azr_async.adapters.engines.texts import Texts
 from azr_async.messages import Completion, Prompt
 
 

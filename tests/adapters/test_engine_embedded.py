@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from azr_async.adapters.engine_transformers import EmbeddedEngine
+from azr_async.adapters.engines.embedded import EmbeddedEngine
 from azr_async.errors import EngineError, WeightsError
 from azr_async.messages import Completion, GenerateJob, Prompt
 from tests.random_models import END, VOCABULARY, a_job, byte_tokenizer, full_pass_logp, random_model

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from azr_async.adapters.engine_transformers.cache import prefill_order
-from azr_async.adapters.engine_transformers.forward import Forward, check_attention_span
-from azr_async.adapters.engine_transformers.installation import Installation
-from azr_async.adapters.engine_transformers.rows import Rows, Sequence, compaction
-from azr_async.adapters.engine_transformers.texts import Texts
-from azr_async.adapters.engine_transformers.waiting import Waiting, check_job, refusals
+from azr_async.adapters.engines.embedded.cache import prefill_order
+from azr_async.adapters.engines.embedded.forward import Forward, check_attention_span
+from azr_async.adapters.engines.embedded.installation import Installation
+from azr_async.adapters.engines.embedded.rows import Rows, Sequence, compaction
+from azr_async.adapters.engines.embedded.waiting import Waiting
+from azr_async.adapters.engines.jobs import check_job, refusals
+from azr_async.adapters.engines.texts import Texts, end_ids
 from azr_async.algorithm.sampling import drawn, sampled_logp, uniforms
 from azr_async.errors import EngineError
 from azr_async.messages import Completion, GenerateJob, Int32s
@@ -46,7 +47,7 @@ class EmbeddedEngine:
         self.generated_tokens = 0
         self._slots, self._context_tokens, self._on_new_weights = slots, context_tokens, on_new_weights
         self._installation = Installation(model)
-        self._texts = Texts(tokenizer, _end_ids(model, tokenizer))
+        self._texts = Texts(tokenizer, end_ids(getattr(model.generation_config, "eos_token_id", None), tokenizer))
         self._is_end_V = np.isin(np.arange(model.config.get_text_config().vocab_size), list(self._texts.end_ids))
         self._waiting = Waiting()
         self._refused: list[Completion] = []
@@ -188,10 +189,3 @@ def _drawn_tokens(logits_BV: Tensor, rows: Rows, count: int) -> tuple[NDArray[np
     uniform_B = uniforms(rows.key_S[:count], rows.length_S[:count] - rows.prompt_length_S[:count])
     token_B = drawn(logp_BV, torch.from_numpy(uniform_B).to(device))
     return token_B.cpu().numpy(), logp_BV.gather(1, token_B[:, None])[:, 0].cpu().numpy()
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends an answer: the generation configuration may name several."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    ids = named if isinstance(named, list) else [named]
-    return frozenset(int(one) for one in [*ids, tokenizer.eos_token_id] if one is not None)

@@ -67,3 +67,9 @@ class Texts:
 def _cut(text: str, stops: tuple[str, ...]) -> str:
     ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
     return text[: min(ends)] if ends else text
+
+
+def end_ids(named: object, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that ends an answer: the one or several that a generation configuration names, and the tokenizer's."""
+    ids = named if isinstance(named, list) else [named]
+    return frozenset(int(one) for one in [*ids, tokenizer.eos_token_id] if one is not None)
