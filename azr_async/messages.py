@@ -164,6 +164,8 @@ class WorkerReady:
     endpoint: str
     slots: int
     """Sequences it generates side by side."""
+    ranks: int = 1
+    """Processes of it that hold weights: its share of the broadcast group."""
 
 
 # ---------------------------------------------------------------- self-play <-> learner
@@ -260,11 +262,10 @@ class PushWeights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsInstalled:
-    """worker -> learner. What arrived, and what the new weights say about the canary sequences."""
+    """worker -> learner. What the new weights say about the canary sequences; that they arrived, the group has seen."""
 
     worker: str
     version: int
-    digest: str
     canary_logp: Float32s
     """Log-probabilities of every canary token but the first of each sequence, joined; nats."""
     pause_seconds: float
@@ -273,11 +274,12 @@ class WeightsInstalled:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JoinWeights:
-    """learner -> worker. Become rank `rank` of the broadcast group kept at `host`:`port`."""
+    """learner -> worker. Become rank `rank`, and those after it, of the broadcast group kept at `host`:`port`."""
 
     host: str
     port: int
     rank: int
+    """The worker's first; it has as many as it said when it was ready."""
     world_size: int
     group: int
     """Number of the group, counted up with each rebuild."""

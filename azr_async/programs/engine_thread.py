@@ -117,7 +117,6 @@ class EngineThread:
             WeightsInstalled(
                 worker=self._name,
                 version=version,
-                digest=digest,
                 canary_logp=canary_logp,
                 pause_seconds=pause_seconds,
             )

@@ -109,6 +109,8 @@ class Wires:
     inbox: Inbox
     requests: ZmqSender[BatchRequest | EvaluationRequest | WeightsReady]
     workers: dict[str, ZmqSender[PushWeights | JoinWeights]]
+    ranks: dict[str, int]
+    """How many ranks of the broadcast group each worker is."""
 
 
 @asynccontextmanager
@@ -167,10 +169,15 @@ async def _connected(config: Config, wires_dir: Path, name: str, inbox: Inbox, s
         return await stack.enter_async_context(sender)
 
     names = [f"inference-{index}" for index in range(config.inference_workers)]
-    await inbox.from_each(
+    ready = await inbox.from_each(
         WorkerReady, names, deadline_seconds=config.wires.start_seconds, setting="wires.start_seconds"
     )
     workers: dict[str, ZmqSender[PushWeights | JoinWeights]] = {
         worker: await connect(f"{worker}-push", worker) for worker in names
     }
-    return Wires(inbox=inbox, requests=await connect("selfplay-requests", "selfplay"), workers=workers)
+    return Wires(
+        inbox=inbox,
+        requests=await connect("selfplay-requests", "selfplay"),
+        workers=workers,
+        ranks={worker: ready[worker].ranks for worker in names},
+    )

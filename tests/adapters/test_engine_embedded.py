@@ -213,7 +213,7 @@ def test_totals_count_every_token() -> None:
 def install_all(engine: EmbeddedEngine, model: PreTrainedModel, version: int) -> None:
     engine.begin_update()
     for name, parameter in model.named_parameters():
-        engine.install(name, parameter.detach())
+        engine.install([(name, parameter.detach())])
     engine.finish_update(version)
 
 
@@ -276,9 +276,9 @@ def test_weights_that_do_not_fit_are_refused() -> None:
     engine = an_engine()
     engine.begin_update()
     with pytest.raises(WeightsError, match="no such parameter"):
-        engine.install("model.nonsense", torch.zeros(1))
+        engine.install([("model.nonsense", torch.zeros(1))])
     with pytest.raises(WeightsError, match="shape"):
-        engine.install("model.norm.weight", torch.zeros(1))
+        engine.install([("model.norm.weight", torch.zeros(1))])
     with pytest.raises(WeightsError, match="came without"):
         engine.finish_update(1)
 

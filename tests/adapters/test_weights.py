@@ -4,7 +4,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -53,21 +53,33 @@ def receiver(pipe: Connection, port: int, rank: int, world_size: int, pushes: in
         group = a_group(connect_store("127.0.0.1", port, deadline_seconds), rank, world_size, deadline_seconds)
         for _ in range(pushes):
             got: dict[str, Tensor] = {}
-            version, digest = group.receive(lambda name, tensor: got.update({name: tensor.clone()}))  # noqa: B023
+            version, digest = group.receive(got.update)
             pipe.send((version, digest, {name: tensor.float().tolist() for name, tensor in got.items()}))
         group.close()
     except WeightsError as problem:
         pipe.send(str(problem))
 
 
+def damaging_receiver(pipe: Connection, port: int) -> None:
+    """Its memory loses what it has received."""
+
+    def lose(tensors: Iterable[tuple[str, Tensor]]) -> None:
+        for _, tensor in tensors:
+            tensor.zero_()
+
+    a_group(connect_store("127.0.0.1", port, 20.0), 1, 2).receive(lose)
+    pipe.send("done")
+
+
 def dying_receiver(pipe: Connection, port: int, rank: int, world_size: int, how: int, deadline_seconds: float) -> None:
     """Stops or dies when the third tensor arrives."""
     names: list[str] = []
 
-    def install(name: str, _tensor: Tensor) -> None:
-        names.append(name)
-        if len(names) == 3:
-            os.kill(os.getpid(), how)
+    def install(tensors: Iterable[tuple[str, Tensor]]) -> None:
+        for name, _ in tensors:
+            names.append(name)
+            if len(names) == 3:
+                os.kill(os.getpid(), how)
 
     a_group(connect_store("127.0.0.1", port, deadline_seconds), rank, world_size, deadline_seconds).receive(install)
 
@@ -115,6 +127,15 @@ def test_all_ranks_get_what_was_sent_under_the_senders_digest() -> None:
             assert answer(first) == (version, digests[-1], expected)
             assert answer(second) == (version, digests[-1], expected)
         assert digests[0] != digests[1]
+        group.close()
+
+
+def test_other_bytes_than_were_sent_are_found_and_the_rank_is_named() -> None:
+    store = host_store("127.0.0.1", 0)
+    with process(damaging_receiver, store.port):
+        group = a_group(store, 0, 2)
+        with pytest.raises(WeightsError, match=r"but rank 1 of weight group 1 received [0-9a-f]{16}: .* damaged"):
+            group.send(some_weights(1).items(), version=1, bucket_bytes=BUCKET_BYTES)
         group.close()
 
 

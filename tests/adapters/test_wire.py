@@ -106,7 +106,7 @@ MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
         busy_seconds=numbers,
         generated_tokens=counts,
     ),
-    WorkerReady: st.builds(WorkerReady, worker=texts, endpoint=texts, slots=counts),
+    WorkerReady: st.builds(WorkerReady, worker=texts, endpoint=texts, slots=counts, ranks=counts),
     BatchRequest: st.builds(BatchRequest, version=counts),
     RolloutBatch: st.builds(
         RolloutBatch,
@@ -121,7 +121,7 @@ MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
     ),
     PushWeights: st.builds(PushWeights, version=counts, canary_ids=tuples(int32s())),
     WeightsInstalled: st.builds(
-        WeightsInstalled, worker=texts, version=counts, digest=texts, canary_logp=float32s(), pause_seconds=numbers
+        WeightsInstalled, worker=texts, version=counts, canary_logp=float32s(), pause_seconds=numbers
     ),
     JoinWeights: st.builds(JoinWeights, host=texts, port=counts, rank=counts, world_size=counts, group=counts),
     WeightsJoined: st.builds(WeightsJoined, worker=texts, group=counts),
@@ -230,7 +230,10 @@ def decoded_or_refused(data: bytes) -> type[object]:
         ({"WeightsReady": {"version": "1"}}, "WeightsReady.version: Input should be a valid integer"),
         ({"WeightsReady": {"version": 1.0}}, "WeightsReady.version: Input should be a valid integer"),
         ({"WeightsReady": {"version": True}}, "WeightsReady.version: Input should be a valid integer"),
-        ({"WorkerReady": {"worker": b"w", "endpoint": "", "slots": 1}}, "WorkerReady.worker: Input should be"),
+        (
+            {"WorkerReady": {"worker": b"w", "endpoint": "", "slots": 1, "ranks": 1}},
+            "WorkerReady.worker: Input should be",
+        ),
         ({"RolloutBatch": {"version": 1, "rollouts": [{}], "stats": {}}}, "Rollout: missing or unknown fields"),
         ({"RolloutBatch": {"version": 1, "rollouts": [], "stats": {"a": "1"}}}, "RolloutBatch.stats: Input should be"),
         (

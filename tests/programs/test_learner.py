@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,12 +115,11 @@ class Peers:
                         await learner.send(WeightsJoined(worker="inference-0", group=order.group))
                     case PushWeights():
                         assert group is not None
-                        version, digest = await asyncio.to_thread(group.receive, self.install)
+                        version, _ = await asyncio.to_thread(group.receive, self.install)
                         self.note("PushWeights", version)
                         answer = WeightsInstalled(
                             worker="inference-0",
                             version=version,
-                            digest=digest,
                             canary_logp=self.score(order.canary_ids),
                             pause_seconds=0.01,
                         )
@@ -141,8 +140,9 @@ class Peers:
             deadline_seconds=20.0,
         )
 
-    def install(self, name: str, tensor: torch.Tensor) -> None:
-        self.model.get_parameter(name).data.copy_(tensor)
+    def install(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in tensors:
+            self.model.get_parameter(name).data.copy_(tensor)
 
     def score(self, sequences: tuple[NDArray[np.int32], ...]) -> NDArray[np.float32]:
         config = Config()
@@ -382,7 +382,6 @@ async def test_a_worker_that_computes_something_else_stops_the_run_by_name(tmp_p
         return WeightsInstalled(
             worker=answer.worker,
             version=answer.version,
-            digest=answer.digest,
             canary_logp=answer.canary_logp + np.float32(0.25),
             pause_seconds=0.0,
         )
@@ -392,20 +391,6 @@ async def test_a_worker_that_computes_something_else_stops_the_run_by_name(tmp_p
         await run_learner(tmp_path, config, Peers(config, tmp_path / "wires", tamper=disagree))
     assert "inference-0 and the learner disagree by 0.25 nats" in messages[0]
     assert "canary_tolerance = 0.0001" in messages[0]
-
-
-async def test_other_bytes_than_were_sent_stop_the_run_by_name(tmp_path: Path) -> None:
-    config = a_config(tmp_path)
-
-    def damage(answer: WeightsInstalled) -> WeightsInstalled:
-        return WeightsInstalled(
-            worker=answer.worker, version=answer.version, digest="0", canary_logp=answer.canary_logp, pause_seconds=0.0
-        )
-
-    (tmp_path / "wires").mkdir()
-    async with failing_with(WeightsError) as messages:
-        await run_learner(tmp_path, config, Peers(config, tmp_path / "wires", tamper=damage))
-    assert "inference-0 received weights 0, but the learner sent" in messages[0]
 
 
 async def test_a_worker_that_does_not_answer_is_named(tmp_path: Path) -> None:

@@ -70,6 +70,6 @@ def _cut(text: str, stops: tuple[str, ...]) -> str:
 
 
 def end_ids(named: object, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends an answer: the one or several that a generation configuration names, and the tokenizer's."""
+    """Every token that ends an answer: those `named` by a generation configuration, and the tokenizer's own."""
     ids = named if isinstance(named, list) else [named]
     return frozenset(int(one) for one in [*ids, tokenizer.eos_token_id] if one is not None)

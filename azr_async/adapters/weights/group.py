@@ -1,7 +1,7 @@
 """The ranks that weights are broadcast among: rank 0, the learner's, sends; the engines receive."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, Final
 
@@ -51,7 +51,7 @@ class WeightGroup:
     def send(self, tensors: Iterable[tuple[str, Tensor]], *, version: int, bucket_bytes: int) -> str:
         """Broadcast all tensors to the other ranks, wait until they have them. Returns the digest of what was sent.
 
-        Raises WeightsError when a rank does not take part, or stops on the way.
+        Raises WeightsError when a rank does not take part, stops on the way, or received other bytes.
         """
         began_seconds = time.perf_counter()
         self._push += 1
@@ -66,6 +66,7 @@ class WeightGroup:
                 count += 1
             self._send_header(version, 0, 0)
             late = self._missing_ranks(f"{self._push}/done", receivers, self._deadline_seconds)
+            received = {rank: self._digest_of(rank) for rank in receivers if rank not in late}
         except RuntimeError as problem:
             suspects = self._suspects(receivers)
             raise self._error(
@@ -74,10 +75,17 @@ class WeightGroup:
             ) from problem
         if late:
             raise self._error(f"sent version {version}, but {_ranks(late)} did not confirm it", began_seconds)
-        return f"{digest:016x}"
+        sent = f"{digest:016x}"
+        if damaged := [rank for rank in receivers if received[rank] != sent]:
+            raise WeightsError(
+                f"version {version} has digest {sent}, but {_ranks(damaged)} of weight group {self._group} received "
+                f"{received[damaged[0]]}: the transfer was damaged. Resume from the last checkpoint; if it happens "
+                "again, check the machine's network and memory."
+            )
+        return sent
 
-    def receive(self, install: Callable[[str, Tensor], None]) -> tuple[int, str]:
-        """Take part in one broadcast; `install` is given every tensor by name, as a view to be copied from.
+    def receive(self, install: Callable[[Iterator[tuple[str, Tensor]]], object]) -> tuple[int, str]:
+        """Take part in one broadcast; `install` is called with the named tensors of each bucket, to be copied from.
 
         Returns the version and the digest of what was received and handed to `install`. Raises WeightsError when rank 0
         does not send, stops on the way, or sends what cannot be weights.
@@ -91,12 +99,11 @@ class WeightGroup:
                 version, bucket = self._receive_bucket()
                 if bucket is None:
                     break
-                for name, tensor in unpacked(bucket):
-                    install(name, tensor)
+                install(unpacked(bucket))
                 digest = chained(digest, checksum(bucket.bytes_N))
                 count += 1
                 self._store.set(f"{self._push}/buckets/{self._rank}", str(count))
-            self._store.set(f"{self._push}/done/{self._rank}", "")
+            self._store.set(f"{self._push}/done/{self._rank}", f"{digest:016x}")
         except RuntimeError as problem:
             self._tell_failure()
             what = f"version {version}" if count else f"push {self._push}"
@@ -143,6 +150,9 @@ class WeightGroup:
     def _missing_ranks(self, what: str, ranks: Iterable[int], wait_seconds: float) -> list[int]:
         keys = {f"{what}/{rank}": rank for rank in ranks}
         return [keys[key] for key in missing_keys(self._store, keys, wait_seconds)]
+
+    def _digest_of(self, rank: int) -> str:
+        return str(self._store.get(f"{self._push}/done/{rank}").decode())
 
     def _suspects(self, ranks: Iterable[int]) -> list[int]:
         """Of the ranks that neither finished nor told of a failure, those that got fewest buckets."""

@@ -1,6 +1,7 @@
 """Generates many sequences side by side; new ones join and old ones leave between any two tokens."""
 
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from typing import Final, Literal
 
@@ -87,12 +88,12 @@ class EmbeddedEngine:
         return completions
 
     def begin_update(self) -> None:
-        """New weights follow, one `install` each."""
+        """New weights follow, in one or several calls of `install`."""
         self._installation.begin()
 
-    def install(self, name: str, tensor: Tensor) -> None:
-        """Overwrite one parameter. Raises WeightsError when the model has no such parameter, or of another shape."""
-        self._installation.install(name, tensor)
+    def install(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Overwrite parameters. Raises WeightsError when the model has no such parameter, or of another shape."""
+        self._installation.install(tensors)
 
     @torch.inference_mode()
     def finish_update(self, version: int) -> None:

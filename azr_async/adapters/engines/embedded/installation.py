@@ -1,5 +1,7 @@
 """New weights on their way into the model: each named parameter once, none forgotten."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,17 +21,10 @@ class Installation:
         self._missing = {parameter.data_ptr() for parameter in self._parameters.values()}
 
     @torch.no_grad()
-    def install(self, name: str, tensor: Tensor) -> None:
+    def install(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Raises WeightsError when the model has no such parameter, or one of another shape."""
-        parameter = self._parameters.get(name)
-        if parameter is None or parameter.shape != tensor.shape:
-            has = "no such parameter" if parameter is None else f"shape {tuple(parameter.shape)}"
-            raise WeightsError(
-                f"the learner sent {name} of shape {tuple(tensor.shape)}, but the engine's model has {has}. "
-                "Start every program of a run from the same model.path."
-            )
-        parameter.copy_(tensor)
-        self._missing.discard(parameter.data_ptr())
+        for name, tensor in tensors:
+            self._install(name, tensor)
 
     def finish(self, version: int) -> None:
         """Raises WeightsError when a parameter did not come."""
@@ -39,3 +34,14 @@ class Installation:
                 f"version {version} came without {len(names)} parameters, among them {names[0]}. "
                 "Start every program of a run from the same model.path."
             )
+
+    def _install(self, name: str, tensor: Tensor) -> None:
+        parameter = self._parameters.get(name)
+        if parameter is None or parameter.shape != tensor.shape:
+            has = "no such parameter" if parameter is None else f"shape {tuple(parameter.shape)}"
+            raise WeightsError(
+                f"the learner sent {name} of shape {tuple(tensor.shape)}, but the engine's model has {has}. "
+                "Start every program of a run from the same model.path."
+            )
+        parameter.copy_(tensor)
+        self._missing.discard(parameter.data_ptr())
