@@ -40,6 +40,9 @@ class RunConfig(Section):
     seed: NonNegativeInt = 1
     """Fixes every random choice of the run; the interleaving of processes stays free."""
 
+    max_restarts: NonNegativeInt = 3
+    """How often each inference worker is started again when it is lost; 0: its loss ends the run."""
+
     name: Annotated[str, Field(pattern=r"^[\w.-]{1,80}$")] = "starter"
     """Ends the name of the run directory, runs/<time>-<name>/."""
 
@@ -76,7 +79,10 @@ class PlacementConfig(Section):
     """GPUs that one engine spans; the embedded engine has one."""
 
     mode: Literal["dedicated", "shared"] = "dedicated"
-    """`shared` is to let one GPU both generate and learn; not possible with the embedded engine yet."""
+    """`shared` lets one GPU both generate and learn; weights then go through the host's memory."""
+
+    gpu_memory_gb: NonNegativeFloat = 0.0
+    """Memory of a GPU in GB (1e9 bytes), for the estimate of what fits. 0 asks this machine's GPUs; without any, 80."""
 
     @model_validator(mode="after")
     def _every_device_has_a_use(self) -> Self:
@@ -115,8 +121,8 @@ class PlacementConfig(Section):
 class EngineConfig(Section):
     """The inference engine inside each worker."""
 
-    kind: Literal["transformers"] = "transformers"
-    """`transformers` is the embedded engine: continuous batching over any Hugging Face causal model."""
+    kind: Literal["auto", "transformers", "vllm"] = "auto"
+    """`transformers` is the embedded engine, `vllm` needs that package; `auto` is vLLM on GPUs and else embedded."""
 
     slots: PositiveInt = 256
     """Sequences generated side by side by one worker."""
@@ -124,8 +130,11 @@ class EngineConfig(Section):
     context_tokens: PositiveInt = 256
     """Longest prompt plus completion; sets the memory of the key-value cache."""
 
-    on_new_weights: Literal["keep", "recompute"] = "keep"
-    """What happens to the key-value cache of running sequences when weights arrive."""
+    on_new_weights: Literal["keep", "recompute", "restart"] = "keep"
+    """Running sequences go on when weights arrive, with the old key-value cache or a new one; or they start again."""
+
+    memory_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Part of each GPU's memory that vLLM may use; the key-value cache takes what the weights leave."""
 
     oversubscription: PositiveFloat = 1.25
     """Samples sent to a worker, relative to its slots; the surplus waits there so that no slot idles."""
@@ -257,10 +266,10 @@ class SandboxConfig(Section):
     """Programs run side by side."""
 
     wall_seconds: PositiveFloat = 3.0
-    """Wall time of one program."""
+    """Wall time of one program on one input."""
 
     cpu_seconds: PositiveInt = 1
-    """CPU time of one program."""
+    """CPU time of one program on one input."""
 
     memory_mb: PositiveInt = 512
     """Address space of one program."""
@@ -338,6 +347,22 @@ class LearnerConfig(Section):
     share_prompts: bool = True
     """Compute a prompt once for all of its completions; equal up to rounding. Long sequences are never shared."""
 
+    layout: Literal["auto", "rows", "packed"] = "auto"
+    """How sequences lie in a micro-batch: side by side in padded `rows`, which may share prompts, or `packed` one after
+    the other without padding, each seeing itself only. `auto` packs batches with a sequence above 1024 tokens."""
+
+    logits_mb: PositiveInt = 256
+    """Logits held at a time, float32; more are computed in blocks, and once more for the gradient. A block takes about
+    three times its size."""
+
+    sharding: Literal["auto", "none", "full"] = "auto"
+    """Weights, gradients and optimizer state on several ranks: `full` leaves each its part (FSDP2), `none` copies them.
+    `auto` is full on GPUs."""
+
+    cpu_offload: bool = False
+    """Keep the parts of sharded weights, and the optimizer's state, in the host's memory: slower, for models that do
+    not fit otherwise."""
+
     gradient_checkpointing: bool = False
     """Trade compute for memory."""
 
@@ -384,11 +409,11 @@ class CheckpointConfig(Section):
 class WeightsConfig(Section):
     """How new weights reach the engines."""
 
-    bucket_mb: PositiveInt = 64
+    bucket_mb: PositiveInt = 16
     """Tensors are broadcast in buckets of this size."""
 
     deadline_seconds: PositiveFloat = 60.0
-    """A push that takes longer stops the run and names who did not answer."""
+    """Longest silence of a worker in a push; then it is named, and the push repeated among the others."""
 
     canary_tolerance: PositiveFloat = 1e-4
     """Largest difference, in nats, between engine and learner on the canary sequences (1e-4 fits float32)."""
@@ -468,6 +493,18 @@ class Config(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def weights_device(self) -> Literal["cpu", "cuda"]:
+        """Where weights are while they are broadcast: between GPUs, unless one GPU is at both ends."""
+        return "cuda" if self.placement.inference_gpus and self.placement.mode == "dedicated" else "cpu"
+
+    @property
+    def engine_kind(self) -> Literal["transformers", "vllm"]:
+        """The engine that the workers run."""
+        if self.engine.kind != "auto":
+            return self.engine.kind
+        return "vllm" if self.placement.inference_gpus else "transformers"
 
     @property
     def inference_workers(self) -> int:

@@ -1,5 +1,7 @@
 """The errors a user may meet. Each message says what happened and ends with what to do."""
 
+from collections.abc import Collection
+
 
 class AzrError(Exception):
     """Anything a user can act on; programs print it without a traceback."""
@@ -31,6 +33,15 @@ class EngineError(AzrError):
 
 class WeightsError(AzrError):
     """Weights did not arrive whole: a missing rank, a wrong digest, a canary that disagrees."""
+
+
+class RanksLost(WeightsError):
+    """A weight group broke because a rank stopped taking part; those that are left can build the next one."""
+
+    def __init__(self, message: str, ranks: Collection[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+        """Who did not answer, as far as is known."""
 
 
 class CheckpointError(AzrError):

@@ -114,6 +114,20 @@ class GenerateJob:
     max_tokens: int
     seed: int
     """With the sample's index and the token's position it fixes every random draw."""
+    indices: tuple[int, ...] = ()
+    """Which of the samples to make, after another worker was lost with them; empty: all of them."""
+
+    @property
+    def wanted(self) -> tuple[int, ...]:
+        """Indices of the samples to make."""
+        return self.indices or tuple(range(self.samples))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CancelJob:
+    """self-play -> worker. Nobody waits for this job any more: drop what is left of it."""
+
+    job_id: int
 
 
 Finish = Literal["stop", "length", "prompt_too_long"]
@@ -166,6 +180,8 @@ class WorkerReady:
     """Sequences it generates side by side."""
     ranks: int = 1
     """Processes of it that hold weights: its share of the broadcast group."""
+    incarnation: int = 0
+    """Tells the worker from those of its name that it was started instead of: its process id."""
 
 
 # ---------------------------------------------------------------- self-play <-> learner
@@ -204,6 +220,11 @@ class Rollout:
         """Version that sampled its oldest trained token."""
         return int(self.token_version[self.prompt_length :].min())
 
+    @property
+    def spans_versions(self) -> bool:
+        """New weights arrived while it was being sampled."""
+        return self.oldest_version < int(self.token_version.max())
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchRequest:
@@ -221,6 +242,8 @@ class RolloutBatch:
     rollouts: tuple[Rollout, ...]
     stats: Mapping[str, float] = field(default_factory=dict)
     """Flat counters since the previous batch, dotted names as in `metrics.jsonl`."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """What is told once, in words, under such names: with the first batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,6 +251,8 @@ class WeightsReady:
     """learner -> self-play. Every engine now samples with `version`."""
 
     version: int
+    workers: Mapping[str, int] = field(default_factory=dict)
+    """Name and incarnation of those that do. Others may have older weights: they get no jobs until they are named."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -308,6 +333,7 @@ class Progress:
 
 Message = (
     GenerateJob
+    | CancelJob
     | GenerationResults
     | WorkerReady
     | BatchRequest

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol, Self, TypeVar
 
+from azr_async.errors import ChannelClosed, PeerVanished
 from azr_async.messages import Completion, Draft, GenerateJob, Malformed, Outcome, Problem, Prompt, Task
 
 Sent = TypeVar("Sent", contravariant=True)
@@ -17,6 +18,9 @@ class Sender(Protocol[Sent]):
 
         Raises ChannelClosed when the receiver is gone for good, PeerVanished when it stopped answering.
         """
+
+    async def ended(self) -> ChannelClosed | PeerVanished:
+        """Wait until nothing can be sent any more; the error that `send` would raise."""
 
     async def __aenter__(self) -> Self: ...
 

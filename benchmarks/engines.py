@@ -1,13 +1,17 @@
-"""How fast does the embedded engine generate, next to transformers' own `generate` on the same work?
+"""How fast do the engines generate, next to transformers' own `generate` on the same work?
 
 The work: solver prompts of the starter's held-out suite, several samples each at temperature 1, until the model ends
-its answer. Both use the same model, one thread and as many sequences side by side; their repeats alternate. `generate`
-gets its prompts sorted by length, in batches, as one would. Tokens are counted up to each answer's end token.
+its answer. All use the same model, one thread, as many sequences side by side; their repeats alternate. `generate`
+gets its prompts sorted by length, in batches, as one would. Tokens are counted up to each answer's end token. vLLM is
+there where it is installed; the CPU time of its processes counts.
 
     python benchmarks/engines.py --slots 64 256 512 --output benchmarks/results/engines.json
 """
 
 import argparse
+import asyncio
+import importlib.util
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -15,15 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 from whole_runs import write_json
 
 from azr_async.adapters.engines.embedded import EmbeddedEngine
-from azr_async.adapters.models import load_model
+from azr_async.adapters.models import load_model, model_source
+from azr_async.adapters.weights.vllm_plugin import BACKEND
 from azr_async.algorithm.dialogue import make_dialogue
 from azr_async.messages import GenerateJob, Prompt
+from azr_async.programs.placement import VLLM_ENVIRONMENT
 from azr_async.starter.suite import STARTER_SUITE, load_suite
 
 SAMPLES = 8
@@ -49,6 +56,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for slots in arguments.slots:
         engines = {"embedded engine": embedded(slots), "transformers generate": plain_generate(slots)}
+        if importlib.util.find_spec("vllm") is not None:
+            engines["vllm"] = vllm(slots)
         for run_prompts in engines.values():
             run_prompts(prompts[: max(1, slots // SAMPLES)])  # warm-up
         for _ in range(arguments.repeats):
@@ -76,18 +85,7 @@ def embedded(slots: int) -> Callable[[list[Prompt]], int]:
     def run(prompts: list[Prompt]) -> int:
         before = engine.generated_tokens
         for number, prompt in enumerate(prompts):
-            engine.submit(
-                GenerateJob(
-                    job_id=number,
-                    prompt=prompt,
-                    samples=SAMPLES,
-                    priority=number,
-                    temperature=1.0,
-                    top_p=1.0,
-                    max_tokens=MAX_TOKENS,
-                    seed=number,
-                )
-            )
+            engine.submit(a_job(number, prompt))
         while engine.has_work:
             engine.step()
         return engine.generated_tokens - before
@@ -129,11 +127,63 @@ def plain_generate(slots: int) -> Callable[[list[Prompt]], int]:
     return run
 
 
+def vllm(slots: int) -> Callable[[list[Prompt]], int]:
+    """vLLM as the workers use it; it ends with this process."""
+    os.environ.update(VLLM_ENVIRONMENT)
+    from azr_async.adapters.engines.vllm.opening import open_engine
+
+    loop = asyncio.new_event_loop()
+    engine = open_engine(
+        model_source("starter"),
+        precision="float32",
+        device_type="cpu",
+        slots=slots,
+        context_tokens=CONTEXT_TOKENS,
+        on_new_weights="keep",
+        tensor_parallel=1,
+        memory_share=0.9,
+        transfer_backend=BACKEND,
+        weights_device="cpu",
+        deadline_seconds=60.0,
+        seed=1,
+    )
+
+    async def sample_all(jobs: list[GenerateJob]) -> None:
+        await asyncio.gather(*(engine.sample(job, index) for job in jobs for index in range(job.samples)))
+
+    def run(prompts: list[Prompt]) -> int:
+        before = engine.generated_tokens
+        loop.run_until_complete(sample_all([a_job(number, prompt) for number, prompt in enumerate(prompts)]))
+        return engine.generated_tokens - before
+
+    return run
+
+
+def a_job(number: int, prompt: Prompt) -> GenerateJob:
+    """All samples of one prompt."""
+    return GenerateJob(
+        job_id=number,
+        prompt=prompt,
+        samples=SAMPLES,
+        priority=number,
+        temperature=1.0,
+        top_p=1.0,
+        max_tokens=MAX_TOKENS,
+        seed=number,
+    )
+
+
 def timed(run: Callable[[list[Prompt]], int], prompts: list[Prompt]) -> Measured:
     """Tokens, and what they cost."""
-    cpu_seconds, wall_seconds = time.process_time(), time.perf_counter()
+    cpu_before, wall_before = cpu_seconds(), time.perf_counter()
     tokens = run(prompts)
-    return Measured(tokens, time.process_time() - cpu_seconds, time.perf_counter() - wall_seconds)
+    return Measured(tokens, cpu_seconds() - cpu_before, time.perf_counter() - wall_before)
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of those below it."""
+    below = [process.cpu_times() for process in psutil.Process().children(recursive=True)]
+    return time.process_time() + sum(times.user + times.system for times in below)
 
 
 def show(rows: list[dict[str, Any]]) -> None:

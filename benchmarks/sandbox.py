@@ -74,13 +74,15 @@ def main() -> None:
     arguments = _parser().parse_args()
     floors: dict[str, list[tuple[float, float]]] = {}
     rows: list[Measured] = []
-    for _ in range(arguments.repeats):
+    for repeat in range(1, arguments.repeats + 1):
         for name, floor in FLOORS.items():
             floors.setdefault(name, []).append(timed(floor, arguments.programs))
         for workers in range(1, arguments.workers + 1):
             for name, measure in LOADS.items():
-                rows.append(uvloop.run(measured(name, measure, workers, arguments.programs)))
-                Console(stderr=True).print(rows[-1])
+                row = uvloop.run(measured(name, measure, workers, arguments.programs))
+                rows.append(row)
+                progress = f"{repeat} of {arguments.repeats}: {name}, {workers} workers"
+                print(f"{progress}: {row.executions_per_second:,.0f} a second", file=sys.stderr)
     soak = uvloop.run(soaked(arguments.soak, arguments.workers))
     medians = {
         name: {"executions_per_second": rate, "cpu_microseconds": cpu}
@@ -257,7 +259,7 @@ async def soaked(count: int, workers: int) -> dict[str, float]:
     )
     programs = [mixture[number % len(mixture)].format(n=number) for number in range(count)]
     programs[::1000] = [ENDLESS.format(n=number) for number in range(len(programs[::1000]))]
-    async with SandboxPool(workers=workers, wall_seconds=2.0, cache_entries=1000, label=LABEL) as pool:
+    async with SandboxPool(workers=workers, wall_seconds=2.0, cache_mb=1, label=LABEL) as pool:
         await run_all(pool, programs[: count // 10], INPUT)
         before = left_over()
         started = time.perf_counter()

@@ -1,6 +1,7 @@
 """Small models with random weights, and a tokenizer that knows every byte: real parts for the engine's tests."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +32,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def random_model(kind: str, seed: int = 0) -> PreTrainedModel:
+def random_model(kind: str, seed: int = 0, **changes: int) -> PreTrainedModel:
     """`qwen2-tied`, `qwen2-untied`, `llama-tied` or `llama-untied`: two layers, grouped-query attention."""
     torch.manual_seed(seed)
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 48,
         "num_hidden_layers": 2,
@@ -47,15 +48,15 @@ def random_model(kind: str, seed: int = 0) -> PreTrainedModel:
         "bos_token_id": None,
         "eos_token_id": END,
         "pad_token_id": PAD,
-    }
+    } | changes
     if kind.startswith("qwen2"):
         return Qwen2ForCausalLM(Qwen2Config(**shape)).eval()
     return LlamaForCausalLM(LlamaConfig(**shape)).eval()
 
 
-def save_random_model(folder: Path, kind: str = "qwen2-tied", seed: int = 0) -> None:
+def save_random_model(folder: Path, kind: str = "qwen2-tied", seed: int = 0, **changes: int) -> None:
     """A model folder as Hugging Face writes it."""
-    random_model(kind, seed).save_pretrained(folder)
+    random_model(kind, seed, **changes).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 
 

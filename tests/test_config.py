@@ -10,8 +10,12 @@ from hypothesis.strategies import sampled_from
 from pydantic import BaseModel, ValidationError
 
 from azr_async.config import Config
-from azr_async.programs.commandline import load, parse, read_tree
+from azr_async.errors import ConfigError
+from azr_async.programs.commandline import load, parse
+from azr_async.programs.fit import GB, problems
 from azr_async.programs.folders import config_text
+from azr_async.programs.model_shapes import shape_of
+from azr_async.programs.presets import read_tree
 from azr_async.programs.settings_help import expected, setting_names
 
 PRESETS = Path(__file__).parents[1] / "configs"
@@ -88,6 +92,67 @@ def test_the_asynchronous_preset_differs_from_the_published_run_where_it_says() 
         "solve.trained_attempts": 8,
         "learner.dual_clip": 3.0,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "gpus"),
+    [
+        ("azr-3b.yaml", "Qwen/Qwen2.5-3B", 2),
+        ("azr-coder-3b.yaml", "Qwen/Qwen2.5-Coder-3B", 2),
+        ("azr-coder-7b.yaml", "Qwen/Qwen2.5-Coder-7B", 8),
+        ("azr-14b.yaml", "Qwen/Qwen2.5-14B", 8),
+        ("azr-coder-14b.yaml", "Qwen/Qwen2.5-Coder-14B", 8),
+        ("azr-llama-8b.yaml", "meta-llama/Llama-3.1-8B", 8),
+    ],
+)
+def test_a_preset_for_another_model_differs_from_the_published_run_only_in_what_it_is_for(
+    name: str, model: str, gpus: int
+) -> None:
+    official, ours = dict(flat(preset("azr-official.yaml"))), dict(flat(preset(name)))
+    different = {setting for setting, value in ours.items() if value != official[setting]}
+    of_llama = {"library.seed_tasks"} if "llama" in name else set()
+    assert different - {f"placement.{field}" for field in ("inference_gpus", "train_gpus", "tensor_parallel")} == {
+        "run.name",
+        "model.path",
+        *of_llama,
+    }
+    assert (ours["run.name"], ours["model.path"]) == (Path(name).stem, model)
+    assert ours["placement.inference_gpus"] + ours["placement.train_gpus"] == gpus
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in PRESETS.iterdir()))
+@pytest.mark.parametrize("gpu_gb", [80, 141])
+def test_a_preset_fits_the_gpus_that_it_asks_for(name: str, gpu_gb: int) -> None:
+    config = preset(name)
+    shape = shape_of(config.model.path)
+    assert shape is not None
+    assert list(problems(config, shape, gpu_gb * GB)) == []
+
+
+def test_a_file_changes_its_base_and_the_base_of_that(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "bottom.yaml").write_text("run: {steps: 1, seed: 1}\nflow: {max_lag: 7}")
+    (tmp_path / "deep" / "middle.yaml").write_text("base: ../bottom.yaml\nrun: {steps: 2, seed: 2}")
+    (tmp_path / "top.yaml").write_text("base: deep/middle.yaml\nrun: {steps: 3}")
+    assert read_tree(tmp_path / "top.yaml") == {"run": {"steps": 3, "seed": 2}, "flow": {"max_lag": 7}}
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [
+        ("none.yaml", "No such file"),
+        ("top.yaml", "is based on this file in turn"),
+        ("circle.yaml", "is based on this file in turn"),
+        ("3", "3 is not the name of a file"),
+        ("[a]", "is not the name of a file"),
+        ('"a\\0b"', "is not the name of a file"),
+    ],
+)
+def test_a_base_that_cannot_be_is_told(base: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "circle.yaml").write_text("base: top.yaml")
+    (tmp_path / "top.yaml").write_text(f"base: {base}")
+    with pytest.raises(ConfigError, match=told):
+        read_tree(tmp_path / "top.yaml")
 
 
 @given(name=sampled_from(sorted(path.name for path in PRESETS.iterdir())))

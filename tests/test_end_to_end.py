@@ -120,24 +120,62 @@ def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_leaves_nothing(tmp_pat
 @pytest.mark.parametrize("program", ["inference-0", "selfplay", "learner-0"])
 def test_a_killed_program_ends_the_run_by_name(tmp_path: Path, program: str, start: Start) -> None:
     output = tmp_path / "run"
-    process = start("--output", str(output), *SMALL, "--steps", "500", "--evaluation.suite", "none")
+    process = start(
+        *("--output", str(output), *SMALL, "--steps", "500", "--evaluation.suite", "none", "--run.max-restarts", "0")
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 1/"):
             break
-    module, _, _ = program.partition("-")
-    wanted = f"azr_async.programs.{module}"
-    (victim,) = [
-        found
-        for found in psutil.process_iter(["cmdline"])
-        if wanted in (words := found.info["cmdline"] or []) and str(output) in words
-    ]
-    victim.kill()
+    victim_of(output, program).kill()
     _, error = process.communicate(timeout=60.0)
     assert process.returncode == 1
     assert program in error
     assert "SIGKILL" in error
     assert processes_of(output) == []
+
+
+def victim_of(output: Path, program: str) -> psutil.Process:
+    """The process of one program of a run."""
+    module, _, number = program.partition("-")
+    (victim,) = [
+        found
+        for found in psutil.process_iter(["cmdline"])
+        if f"azr_async.programs.{module}" in (words := found.info["cmdline"] or [])
+        and str(output) in words
+        and number in ("", *words)
+    ]
+    return victim
+
+
+def test_a_run_goes_on_without_a_worker_that_is_killed_and_takes_it_in_again(tmp_path: Path, start: Start) -> None:
+    output = tmp_path / "run"
+    process = start(
+        *("--output", str(output), *SMALL, "--steps", "5000", "--inference-workers", "2", "--max-lag", "1"),
+        *("--evaluation.suite", "none", "--checkpoint.every-steps", "0"),
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            victim_of(output, "inference-1").kill()
+        if line.startswith("step ") and is_complete_again(output):
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60.0)
+    assert process.returncode == 130, error + _logs(output)
+    metrics = lines(output)
+    assert [line["step"] for line in metrics] == list(range(1, len(metrics) + 1))
+    assert all(line["lag"]["max"] <= line["lag"]["bound"] == 1 for line in metrics)
+    assert metrics[-1]["engines"]["lost_workers"] == 1
+    assert metrics[-1]["engines"]["workers"] == 2
+    assert "inference worker inference-1 was lost" in (output / "logs" / "learner-0.log").read_text()
+    assert processes_of(output) == []
+
+
+def is_complete_again(output: Path) -> bool:
+    """Has self-play lost a worker, and two of them with the weights of now?"""
+    engines = lines(output)[-1]["engines"]
+    return bool(engines["lost_workers"] and engines["workers"] == 2)
 
 
 @pytest.mark.parametrize("dialogue", ["azr-base", "azr-chat"])

@@ -60,8 +60,12 @@ def save(
     optimizer: Mapping[str, Tensor],
     keep: int,
     extra: Mapping[str, float],
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `root/step-NNNNNN` whole or not at all, then delete all up to it but the `keep` newest.
+
+    Args:
+        weights: of the model, by name, tied ones once, when it holds only a part of them itself.
 
     Returns the folder.
 
@@ -69,11 +73,11 @@ def save(
         AzrError: the disk is full; nothing of this checkpoint is left.
     """
     state = {**optimizer, RANDOM_STATE: torch.get_rng_state()}
-    weights = [parameter.detach() for parameter in model.parameters()]
+    tensors = [parameter.detach() for parameter in model.parameters()] if weights is None else list(weights.values())
     folder = root / f"step-{step:06d}"
     with _disk_full_explained(folder), _written_whole(folder) as draft:
-        _require_space(root, [*weights, *state.values()])
-        model.save_pretrained(draft)
+        _require_space(root, [*tensors, *state.values()])
+        model.save_pretrained(draft, state_dict=None if weights is None else dict(weights))
         tokenizer.save_pretrained(draft)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, draft / OPTIMIZER_FILE)
         _write_json(draft / RESUME_FILE, {"format": FORMAT, "step": step, "version": version, "extra": dict(extra)})

@@ -1,12 +1,13 @@
 """Loads a causal language model and its tokenizer from the starter, a folder or the hub."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from azr_async.errors import CheckpointError
@@ -25,18 +26,15 @@ def load_model(
     Args:
         path: `starter`, a Hugging Face model folder, or a hub id such as `Qwen/Qwen2.5-0.5B`.
         precision: type of the weights.
-        device: where the weights go.
+        device: where the weights go; for `meta` they are not even read, the model has their shapes only.
 
     Raises CheckpointError when there is no such model, or it cannot be read.
     """
-    source = _source(path)
+    source = model_source(path)
     disable_progress_bar()  # it would fill the log
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        # Weights in pickle form are refused: loading them may run code.
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, precision), use_safetensors=True, output_loading_info=True
-        )
+        model, report = _read(source, getattr(torch, precision), torch.device(device))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"the model {source} cannot be loaded: {error} Point model.path at a Hugging Face folder with config.json, "
@@ -57,7 +55,20 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
-def _source(path: str) -> str:
+def _read(source: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Mapping[str, Any]]:
+    """The model, and which weights it lacks."""
+    if device.type == "meta":
+        with device:
+            shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
+        return shapes, {"missing_keys": (), "mismatched_keys": ()}
+    # Weights in pickle form are refused: loading them may run code.
+    model, report = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    return model, report
+
+
+def model_source(path: str) -> str:
     """What Hugging Face is asked for; a missing folder is told at once, without asking the hub for it."""
     if path == "starter":
         if not (STARTER_CHECKPOINT / "config.json").is_file():

@@ -1,54 +1,114 @@
-"""An order-sensitive checksum of tensors' bytes, computed where the tensors are.
+"""A 128-bit digest of tensors' bytes, order-sensitive, computed where the tensors are, as fast as they can be read.
 
-Every 8-byte word is mixed with its position before it is added up, so exchanged words, and with them exchanged tensors,
-give another sum. One word changed, if only by a bit, always does: the mixing is one-to-one.
+On CPUs it is XXH3 (Collet, https://xxhash.com). On other devices, for which there is none, sums have to do: the 8-byte
+words of each part are laid out in rows, and every row and every column is added up. Only these few sums are
+mixed with their positions and added again: 64 bits from the rows, 64 from the columns. One word changed, if only by a
+bit, always gives another digest: its row has another sum, and the mixing is one-to-one. Exchanged words, and with them
+exchanged tensors, do as well: they change sums of rows, or of columns, or both. What would pass are several changes
+that cancel each other in every row and in every column of a part; a row's length is prime, so that tensors of the usual
+sizes do not begin in the same column.
 """
 
-from typing import Final
+from typing import Final, Protocol
 
+import numpy as np
 import torch
+import xxhash
+from numpy.typing import NDArray
 from torch import Tensor
 
 _MASK: Final = 2**64 - 1
 _GOLDEN: Final = 0x9E3779B97F4A7C15
 _FIRST: Final = 0xBF58476D1CE4E5B9
 _SECOND: Final = 0x94D049BB133111EB
-_BLOCK_WORDS: Final = 2**22
-"""Words mixed at a time; bounds the extra memory at a few times 32 MiB."""
+_ROW_WORDS: Final = 1021
+_WAITING_SUMS: Final = 2**16
+"""Sums that are mixed at a time: to mix few costs as much."""
 
 
-def checksum(bytes_N: Tensor) -> int:
-    """64 bits over [N] uint8, N a multiple of 8: wraparound sum over words w_i of mix(w_i + (i + 1) * golden ratio).
+class Digest(Protocol):
+    """Of parts in their order. All who compare theirs compute them on devices of one type, from equal parts."""
 
-    mix is SplitMix64's (Steele, Lea and Flood 2014), in signed integers, which is what torch has.
+    def add(self, bytes_N: Tensor) -> None:
+        """One part, [N] uint8, N a multiple of 8. It has been read when this returns."""
+
+    @property
+    def value(self) -> int:
+        """128 bits."""
+
+
+def digest_for(device: torch.device) -> Digest:
+    """An empty one, for parts on `device`."""
+    return _Hash() if device.type == "cpu" else Sums()
+
+
+class _Hash:
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_128()
+
+    def add(self, bytes_N: Tensor) -> None:
+        self._hash.update(bytes_N.numpy().data)
+
+    @property
+    def value(self) -> int:
+        return int(self._hash.intdigest())
+
+
+class Sums:
+    """Sums over rows and columns of words; see above."""
+
+    def __init__(self) -> None:
+        self._rows = _Mixed()
+        self._columns = _Mixed()
+
+    def add(self, bytes_N: Tensor) -> None:
+        """One part. Words that fill no row count as rows by themselves."""
+        words_N = bytes_N.view(torch.int64)
+        whole = len(words_N) // _ROW_WORDS * _ROW_WORDS
+        if whole:
+            words_RC = words_N[:whole].view(-1, _ROW_WORDS)
+            self._rows.add(words_RC.sum(1))
+            self._columns.add(words_RC.sum(0))
+        # A copy: the caller's memory may be filled with other bytes before this is mixed.
+        self._rows.add(words_N[whole:].clone())
+
+    @property
+    def value(self) -> int:
+        """128 bits: 2^64 times those of the rows, plus those of the columns."""
+        return self._rows.value << 64 | self._columns.value
+
+
+class _Mixed:
+    """The sum of mix(s_i + i * golden ratio) over all sums s_i added so far, i from 1; additions wrap around.
+
+    mix is SplitMix64's (Steele, Lea and Flood 2014). The number of sums is mixed in like a last one: zeros count.
     """
-    words_N = bytes_N.view(torch.int64)
-    total = torch.zeros((), dtype=torch.int64, device=bytes_N.device)
-    for start in range(0, len(words_N), _BLOCK_WORDS):
-        block_B = words_N[start : start + _BLOCK_WORDS]
-        position_B = torch.arange(start + 1, start + 1 + len(block_B), dtype=torch.int64, device=bytes_N.device)
-        total += _mixed_words(block_B + position_B * _signed(_GOLDEN)).sum()
-    return int(total.item()) & _MASK
+
+    def __init__(self) -> None:
+        self._waiting: list[Tensor] = []
+        self._waiting_sums = self._mixed_sums = self._total = 0
+
+    def add(self, sum_S: Tensor) -> None:
+        self._waiting.append(sum_S)
+        self._waiting_sums += len(sum_S)
+        if self._waiting_sums >= _WAITING_SUMS:
+            self._mix()
+
+    @property
+    def value(self) -> int:
+        self._mix()
+        return (self._total + _mixed_total(np.array([self._mixed_sums], np.uint64), self._mixed_sums)) & _MASK
+
+    def _mix(self) -> None:
+        if self._waiting:
+            sum_S = torch.cat(self._waiting).cpu().numpy().view(np.uint64)
+            self._total += _mixed_total(sum_S, self._mixed_sums)
+            self._mixed_sums += self._waiting_sums
+            self._waiting, self._waiting_sums = [], 0
 
 
-def chained(digest: int, part_checksum: int) -> int:
-    """The digest of everything so far and one part more; depends on the order of parts."""
-    value = (digest * _GOLDEN + part_checksum + 1) & _MASK
-    value = ((value ^ (value >> 30)) * _FIRST) & _MASK
-    value = ((value ^ (value >> 27)) * _SECOND) & _MASK
-    return value ^ (value >> 31)
-
-
-def _mixed_words(word_B: Tensor) -> Tensor:
-    word_B = (word_B ^ _shifted(word_B, 30)) * _signed(_FIRST)
-    word_B = (word_B ^ _shifted(word_B, 27)) * _signed(_SECOND)
-    return word_B ^ _shifted(word_B, 31)
-
-
-def _shifted(word_B: Tensor, bits: int) -> Tensor:
-    """To the right, zeros coming in: torch's own shift would copy the sign."""
-    return torch.bitwise_right_shift(word_B, bits).bitwise_and(2 ** (64 - bits) - 1)
-
-
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
+def _mixed_total(sum_S: NDArray[np.uint64], before: int) -> int:
+    mixed_S = sum_S + np.arange(before + 1, before + 1 + len(sum_S), dtype=np.uint64) * np.uint64(_GOLDEN)
+    mixed_S = (mixed_S ^ (mixed_S >> np.uint64(30))) * np.uint64(_FIRST)
+    mixed_S = (mixed_S ^ (mixed_S >> np.uint64(27))) * np.uint64(_SECOND)
+    return int((mixed_S ^ (mixed_S >> np.uint64(31))).sum())

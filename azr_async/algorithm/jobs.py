@@ -42,5 +42,10 @@ def loop_seed(run_seed: int, start_version: int) -> int:
     return run_seed if start_version == 0 else _digest(f"{run_seed} from version {start_version}")
 
 
+def engine_seed(run_seed: int, worker: str) -> int:
+    """31 bits for an engine that draws for all its sequences from one generator: unlike those of other workers."""
+    return _digest(f"{run_seed} {worker}") >> 32
+
+
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -18,6 +18,8 @@ from azr_async.messages import Outcome, Pair, Problem
 RIGHT: Final = 1.0
 WRONG: Final = -0.5
 MALFORMED: Final = -1.0
+INDUCTION_RUNS: Final = 2
+"""How often an answered program is run: one run in one process would let it count its calls, or win by chance."""
 
 
 class Judgement(NamedTuple):

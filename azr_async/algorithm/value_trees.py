@@ -5,6 +5,7 @@ The form of a tree is described in values.py, which is what others import.
 
 import json
 import math
+from itertools import pairwise
 from json.encoder import encode_basestring_ascii
 from typing import Any, Final
 
@@ -65,7 +66,8 @@ def literal_text(tree: Tree) -> str:
     if tag == "b":
         return repr(bytes.fromhex(content))
     if tag == "c":
-        return repr(complex(*content))
+        # `-1j` would be read as -(1j), whose real part is -0.0.
+        return repr(complex(*content)) if content[0] or content[1] >= 0.0 else f"(0{complex(*content)!r})"
     if tag == "d":
         return f"{{{', '.join(f'{literal_text(key)}: {literal_text(item)}' for key, item in content)}}}"
     if tag == "t":
@@ -77,7 +79,7 @@ def literal_text(tree: Tree) -> str:
 
 
 def build(tree: Tree) -> Plain:
-    """The value of a checked tree. Raises ValueError when a set or dict has the same member twice."""
+    """The value of a checked tree."""
     if isinstance(tree, list):
         return [build(item) for item in tree]
     if not isinstance(tree, dict):
@@ -91,14 +93,9 @@ def build(tree: Tree) -> Plain:
         return complex(*content)
     if tag == "t":
         return tuple(build(item) for item in content)
-    value: Plain
     if tag == "d":
-        value = {build(key): build(item) for key, item in content}
-    else:
-        value = (set if tag == "s" else frozenset)(build(item) for item in content)
-    if len(value) != len(content):
-        raise ValueError("a set or dict with the same member twice")
-    return value
+        return {build(key): build(item) for key, item in content}
+    return (set if tag == "s" else frozenset)(build(item) for item in content)
 
 
 def are_close(first: Tree, second: Tree, tolerance: float) -> bool:
@@ -121,6 +118,16 @@ def are_close(first: Tree, second: Tree, tolerance: float) -> bool:
         return canonical_text(first) == canonical_text(second)
     mine, theirs = ({canonical_text(key): item for key, item in entries} for entries in (content, other))
     return mine.keys() == theirs.keys() and all(are_close(item, theirs[key], tolerance) for key, item in mine.items())
+
+
+def require_characters(text: str) -> None:
+    """Raises Unanswerable for half a surrogate pair: two of them would be read back as one character."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Unanswerable("a text with half a surrogate pair has no encoding") from None
 
 
 class Budget:
@@ -148,16 +155,22 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"bare {name} in an encoding")
 
 
+_DECODER: Final = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
 def _load(text: str) -> Tree:
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("an encoding nested too deeply") from None
 
 
 def _check(tree: Tree, budget: Budget, *, depth: int, is_key: bool) -> None:
     budget.spend(depth)
-    if tree is None or isinstance(tree, bool | str):
+    if isinstance(tree, str):
+        require_characters(tree)
+        return
+    if tree is None or isinstance(tree, bool):
         return
     if isinstance(tree, int | float):
         in_range = math.isfinite(tree) if isinstance(tree, float) else tree.bit_length() <= MAX_INTEGER_BITS
@@ -194,14 +207,40 @@ def _check_tagged(tag: str, content: Tree, budget: Budget, *, depth: int, is_key
     elif (tag == "z" or (tag == "s" and not is_key)) and isinstance(content, list):
         for item in content:
             _check(item, budget, depth=depth, is_key=True)
+        _require_differences(content)
     elif tag == "d" and not is_key and isinstance(content, list):
         for entry in content:
             if not isinstance(entry, list) or len(entry) != 2:
                 raise ValueError("a dict entry needs a key and a value")
             _check(entry[0], budget, depth=depth, is_key=True)
             _check(entry[1], budget, depth=depth, is_key=False)
+        _require_differences([key for key, _ in content])
     else:
         raise ValueError(f"unknown or misplaced tag {tag[:20]!r}")
+
+
+def _require_differences(members: list[Tree]) -> None:
+    """Raises ValueError if two are equal, as Python sees it. They are sorted: no hash table is at their mercy."""
+    names = sorted(map(_name_of_equals, members))
+    if any(first == second for first, second in pairwise(names)):
+        raise ValueError("a set or dict with the same member twice")
+
+
+def _name_of_equals(tree: Tree) -> str:
+    """The same text for members that Python takes for one: 1, 1.0, True and (1+0j)."""
+    if isinstance(tree, str):
+        return encode_basestring_ascii(tree)
+    if isinstance(tree, float):
+        return repr(int(tree) if tree.is_integer() else tree)
+    if not isinstance(tree, dict):
+        return repr(int(tree)) if isinstance(tree, bool | int) else "null"
+    ((tag, content),) = tree.items()
+    if tag == "c" and content[1] == 0.0:
+        return _name_of_equals(content[0])
+    if tag in "tz":
+        names = map(_name_of_equals, content)
+        return f"{tag}[{','.join(names if tag == 't' else sorted(names))}]"
+    return canonical_text(tree)
 
 
 def _reading_order(tree: Tree) -> tuple[bool, float, str]:

@@ -1,8 +1,9 @@
 """Plain Python values as text: one canonical encoding to compare, one literal to read.
 
 A value is a *tree* of exact builtin types: None, bool, int, float, complex, str, bytes, list, tuple, dict, set,
-frozenset. Anything else - a Counter, a Fraction, an instance, a subclass - is `Unanswerable`: nobody could write it
-as an answer. The encoding is JSON in which the types that JSON lacks are tagged objects with one key:
+frozenset. Anything else - a Counter, a Fraction, an instance, a subclass, a text with half a surrogate pair - is
+`Unanswerable`: nobody could write it as an answer.
+The encoding is JSON in which the types that JSON lacks are tagged objects with one key:
 
     {"t": [..]} tuple   {"d": [[key, value], ..]} dict   {"s": [..]} set   {"z": [..]} frozenset
     {"b": "hex"} bytes  {"c": [real, imag]} complex      {"f": "nan" | "inf" | "-inf"} float
@@ -32,6 +33,7 @@ from azr_async.algorithm.value_trees import (
     checked_tree,
     complex_part,
     literal_text,
+    require_characters,
 )
 
 __all__ = [
@@ -109,6 +111,7 @@ class _Writer:
         self._budget.spend(depth)
         kind = type(value)
         if kind is str:
+            require_characters(value)
             return encode_basestring_ascii(value)
         if kind is int:
             return _integer(value)

@@ -11,7 +11,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, Never
 
-import yaml
 from pydantic import ValidationError, create_model
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliSettingsSource
@@ -20,6 +19,7 @@ from rich.console import Console
 from azr_async.config import Config
 from azr_async.errors import AzrError, ConfigError
 from azr_async.programs import files, launcher, preflight
+from azr_async.programs.presets import Tree, merged, read_tree
 from azr_async.programs.settings_help import expected, print_help, setting_names
 from azr_async.programs.wiring import CONFIG_FILE, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 
@@ -34,12 +34,11 @@ SHORT_NAMES: Final[Mapping[str, str]] = {
     "--max-lag": "flow.max_lag",
     "--steps": "run.steps",
     "--seed": "run.seed",
+    "--max-restarts": "run.max_restarts",
 }
 """Settings that people type often; each is the same as `--section.field`."""
 
 PLAIN_OPTIONS: Final = ("--config", "--output", "--resume", "--dry-run", "--help")
-
-Tree = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,37 +133,12 @@ def load(request: Request) -> Config:
         path = path or _config_of_resumed_run(request.resume)
     in_file = {} if path is None else read_tree(path)
     try:
-        config = Config.model_validate(_merged(in_file, request.overrides))
+        config = Config.model_validate(merged(in_file, request.overrides))
     except ValidationError as error:
         raise ConfigError(explain(error.errors(), request.overrides, path, typed=request.problems)) from None
     if request.problems:
         raise ConfigError(_report("command line", request.problems))
     return config
-
-
-def read_tree(path: Path) -> Tree:
-    """The settings in a YAML file, not yet validated. Raises ConfigError with the line of a syntax error."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}. The presets are in configs/.") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not a text file. The presets in configs/ show what one looks like.") from None
-    except RecursionError:
-        raise ConfigError(f"{path} is nested too deeply. Write `section:` and under it `setting: value`.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        what = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{path}: {where}{what}. It is not YAML; mend that line.") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds no sections. Write `section:` and under it, indented, `setting: value`.")
-    sections = [section for section in tree.values() if isinstance(section, dict)]
-    for key in (key for names in (tree, *sections) for key in names if not isinstance(key, str)):
-        raise ConfigError(f"{path}: {key!r} is not the name of a section or setting. Names are words; correct it.")
-    return tree
 
 
 def explain(problems: Sequence[ErrorDetails], overrides: Tree, path: Path | None, *, typed: Sequence[str] = ()) -> str:
@@ -249,15 +223,6 @@ def _spelled_out(arguments: Sequence[str]) -> list[str]:
             option = "--" + SHORT_NAMES.get(option, option[2:]).replace("_", "-")
         spelled.append(option + equals + value)
     return spelled
-
-
-def _merged(base: Tree, above: Tree) -> Tree:
-    both = {
-        key: _merged(base[key], above[key])
-        for key in base.keys() & above.keys()
-        if isinstance(base[key], dict) and isinstance(above[key], dict)
-    }
-    return {**base, **above, **both}
 
 
 def _config_of_resumed_run(resume: Path) -> Path:

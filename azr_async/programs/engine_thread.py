@@ -1,18 +1,24 @@
-"""The thread in which an inference worker's engine and weight group live: orders in, answers out."""
+"""The embedded engine as a worker serves it: it computes in one thread, weights arrive in another."""
 
+import asyncio
 import logging
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from azr_async.adapters.engines.embedded import EmbeddedEngine
 from azr_async.adapters.models import load_model
 from azr_async.adapters.weights import WeightGroup, connect_store
 from azr_async.config import Config
-from azr_async.errors import WeightsError
+from azr_async.errors import AzrError, RanksLost, WeightsError
 from azr_async.messages import (
+    CancelJob,
     GenerateJob,
     GenerationResults,
     JoinWeights,
@@ -21,34 +27,70 @@ from azr_async.messages import (
     WeightsJoined,
 )
 
-Order = GenerateJob | JoinWeights | PushWeights
+Order = GenerateJob | CancelJob | JoinWeights | PushWeights
 Answer = GenerationResults | WeightsJoined | WeightsInstalled
 
 log = logging.getLogger(__name__)
 
 
+@asynccontextmanager
+async def embedded_server(config: Config, name: str) -> AsyncIterator["EngineThread"]:
+    """The engine with its model loaded. Raises CheckpointError or EngineError."""
+    with ThreadPoolExecutor(1, thread_name_prefix="engine") as computing, ThreadPoolExecutor(1) as receiving:
+        engine = await asyncio.get_running_loop().run_in_executor(computing, partial(load_engine, config))
+        yield EngineThread(name, engine, config, computing=computing, receiving=receiving)
+
+
 class EngineThread:
-    """What happens in the engine's thread: take orders, step, answer; idle when there is nothing to do."""
+    """Steps the engine; between two steps it does what was asked for.
+
+    Through the host's memory weights are received in a thread of their own, next to the steps, and put into place
+    between two of them. Between GPUs, where a second copy would be too much, they are received in place, and sampling
+    waits. When another rank is lost on the way, the group is: this worker waits for the next one.
+    """
 
     def __init__(
-        self, name: str, engine: EmbeddedEngine, config: Config, *, answer: Callable[[Answer], object]
+        self, name: str, engine: EmbeddedEngine, config: Config, *, computing: Executor, receiving: Executor
     ) -> None:
-        self._name, self._engine, self._config, self._answer = name, engine, config, answer
-        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self.ranks = 1
+        self._name, self._engine, self._config = name, engine, config
+        self._computing, self._receiving = computing, receiving
+        self._weights_device = torch.device(config.weights_device)
+        self._deeds: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._group: WeightGroup | None = None
+        self._is_whole = True  # False while some weights are new and some old: nothing may be sampled with them
+        self._answer: Callable[[Answer], object] = log.info
 
     def give(self, order: Order) -> None:
-        """Queue an order; from any thread."""
-        self._orders.put(order)
+        """Have an order carried out; from any thread."""
+        match order:
+            case GenerateJob():
+                self._deeds.put(partial(self._engine.submit, order))
+            case CancelJob():
+                self._deeds.put(partial(self._engine.cancel, order.job_id))
+            case JoinWeights():
+                self._about_weights(partial(self._join, order))
+            case PushWeights():
+                self._about_weights(partial(self._receive, order))
 
     def stop(self) -> None:
         """End `run` after the step at hand; from any thread. What is still running is dropped."""
-        self._orders.put(None)
+        self._deeds.put(None)
 
-    def run(self) -> None:
-        """Serve until `stop`. Raises EngineError and WeightsError."""
+    async def run(self, answer: Callable[[Answer], object]) -> None:
+        """Serve until `stop`; a cancellation waits until the thread has stopped. Raises EngineError, WeightsError."""
+        loop = asyncio.get_running_loop()
+        self._answer = lambda message: loop.call_soon_threadsafe(answer, message)
+        work = loop.run_in_executor(self._computing, self._serve)
         try:
-            while self._take_orders():
+            await asyncio.shield(work)
+        finally:
+            self.stop()
+            await asyncio.wait([work])
+
+    def _serve(self) -> None:
+        try:
+            while self._do_what_was_asked():
                 completions = self._engine.step()
                 if completions:
                     self._answer(
@@ -63,22 +105,29 @@ class EngineThread:
             if self._group is not None:
                 self._group.close()
 
-    def _take_orders(self) -> bool:
-        """Carry out all orders, in order, waiting for one when there is no work. False: it is time to stop."""
+    def _do_what_was_asked(self) -> bool:
+        """Everything, in order, waiting for it when there is no other work. False: it is time to stop."""
         while True:
             try:
-                order = self._orders.get(block=not self._engine.has_work)
+                deed = self._deeds.get(block=not self._engine.has_work or not self._is_whole)
             except queue.Empty:
                 return True
-            match order:
-                case GenerateJob():
-                    self._engine.submit(order)
-                case JoinWeights():
-                    self._join(order)
-                case PushWeights():
-                    self._install(order)
-                case None:
-                    return False
+            if deed is None:
+                return False
+            deed()
+
+    def _about_weights(self, deed: Callable[[], object]) -> None:
+        if self._weights_device.type == "cuda":
+            self._deeds.put(partial(_or_wait, deed))
+        else:
+            self._receiving.submit(self._or_fail, deed)
+
+    def _or_fail(self, deed: Callable[[], object]) -> None:
+        """Errors of the other thread end the engine's."""
+        try:
+            _or_wait(deed)
+        except AzrError as error:
+            self._deeds.put(partial(_raise, error))
 
     def _join(self, order: JoinWeights) -> None:
         if self._group is not None:
@@ -89,38 +138,65 @@ class EngineThread:
             group=order.group,
             rank=order.rank,
             world_size=order.world_size,
-            device=engine_device(self._config),
+            device=self._weights_device,
             deadline_seconds=deadline_seconds,
         )
         self._answer(WeightsJoined(worker=self._name, group=order.group))
 
-    def _install(self, order: PushWeights) -> None:
-        """Receive a version, put it to use, and tell what it says about the canary sequences."""
+    def _receive(self, order: PushWeights) -> None:
+        """Take part in the broadcast of a version, and put it to use."""
         if self._group is None:
             raise WeightsError(
                 f"version {order.version} was pushed before {self._name} was asked to join a weight group. "
                 "The learner has to send JoinWeights first; run the same version of azr_async everywhere."
             )
         began_seconds = time.perf_counter()
-        self._engine.begin_update()
-        version, digest = self._group.receive(self._engine.install)
+        if self._weights_device.type == "cuda":
+            self._is_whole = False
+            self._engine.begin_update()
+            self._check_version(order, self._group.receive(self._engine.install)[0])
+            self._use(order, began_seconds)
+            self._is_whole = True
+        else:
+            tensors: list[tuple[str, Tensor]] = []
+            self._check_version(order, self._group.receive(tensors.extend)[0])
+            self._deeds.put(partial(self._install, order, tensors))
+
+    def _check_version(self, order: PushWeights, version: int) -> None:
         if version != order.version:
             raise WeightsError(
                 f"{self._name} was told of version {order.version} but received version {version}. "
                 "Resume from the last checkpoint; if it happens again, report it."
             )
-        self._engine.finish_update(version)
+
+    def _install(self, order: PushWeights, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        began_seconds = time.perf_counter()
+        self._engine.begin_update()
+        self._engine.install(tensors)
+        self._use(order, began_seconds)
+
+    def _use(self, order: PushWeights, began_seconds: float) -> None:
+        """Sample with the installed weights from now on, and tell what they say about the canary sequences."""
+        self._engine.finish_update(order.version)
         canary_logp = self._engine.score(order.canary_ids)
         pause_seconds = time.perf_counter() - began_seconds
-        log.info("version %d installed, digest %s, pause %.3f s", version, digest, pause_seconds)
+        log.info("version %d installed, pause %.3f s", order.version, pause_seconds)
         self._answer(
             WeightsInstalled(
-                worker=self._name,
-                version=version,
-                canary_logp=canary_logp,
-                pause_seconds=pause_seconds,
+                worker=self._name, version=order.version, canary_logp=canary_logp, pause_seconds=pause_seconds
             )
         )
+
+
+def _or_wait(deed: Callable[[], object]) -> None:
+    try:
+        deed()
+    except RanksLost as lost:
+        log.warning("waiting for the next weight group: %s", lost)
+
+
+def _raise(error: AzrError) -> None:
+    raise error
 
 
 def engine_device(config: Config) -> torch.device:

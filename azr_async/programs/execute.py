@@ -5,55 +5,50 @@ Out: `{"id", "status", "value", "error", "wall_ms"}`, in the order of the input.
 """
 
 import argparse
-import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-import uvloop
-
 from azr_async.adapters.sandbox.crew import Require
 from azr_async.adapters.sandbox.pool import DEFAULT_IMPORTS, SandboxPool
-from azr_async.errors import AzrError, SandboxError
-from azr_async.programs.jsonl import InputError, Row, answer_lines, text_field
+from azr_async.config import SandboxConfig
+from azr_async.errors import SandboxError
+from azr_async.programs.jsonl import Row, answer_lines, run_tool, text_field
 
-WIDE_IMPORTS: Final = (
-    *DEFAULT_IMPORTS,
-    *("calendar", "codecs", "datetime", "hashlib", "io", "queue", "random", "time", "warnings", "weakref"),
+MOST_SECONDS: Final = 86_400
+
+_BEYOND_SELF_PLAY: Final = "calendar codecs datetime hashlib io queue random time warnings weakref"
+DEFAULTS: Final = SandboxConfig(
+    wall_seconds=2.0,
+    cpu_seconds=2,
+    memory_mb=256,
+    allowed_imports=(*DEFAULT_IMPORTS, *_BEYOND_SELF_PLAY.split()),
 )
-"""More than self-play allows: here the runs that must agree tell what depends on chance or on the clock."""
+"""More modules than self-play allows: the runs that must agree tell what depends on chance or on the clock."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Answer every line; returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 after Ctrl-C."""
-    try:
-        options = _parser().parse_args(arguments)
-    except SystemExit as leaving:  # argparse has told the user what is wrong, or what --help asks for
-        return int(leaving.code or 0)
-    try:
-        uvloop.run(_explain(options) if options.explain else _execute(options))
-    except InputError as error:
-        print(f"execute: {error}", file=sys.stderr)
-        return 2
-    except AzrError as error:
-        print(f"execute: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    """Answer every line; returns the exit status."""
+    return run_tool(_parser(), arguments, _execute)
 
 
-def sandbox_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every tool with a sandbox has."""
-    parser.add_argument("file", nargs="?", default="-", metavar="FILE.jsonl", help="lines to answer; - streams [-]")
-    parser.add_argument("--output", type=Path, help="file for the answers [standard output]")
-    parser.add_argument("--wall-seconds", type=_positive, default=2.0, help="wall time of one program [2]")
-    parser.add_argument("--memory-mb", type=_count, default=256, help="memory of one program [256]")
-    parser.add_argument("--workers", type=_count, default=os.cpu_count() or 1, help="programs side by side [cores]")
-    parser.add_argument("--allowed-imports", default=",".join(WIDE_IMPORTS), help="modules, with commas between")
-    parser.add_argument(
+def sandbox_options(parser: argparse.ArgumentParser, defaults: SandboxConfig) -> None:
+    """The options that every tool with a sandbox has; of `defaults` it takes the limits and the allowed imports."""
+    wall, cpu, memory = f"{defaults.wall_seconds:g}", defaults.cpu_seconds, defaults.memory_mb
+    modules = ",".join(defaults.allowed_imports)
+    option = parser.add_argument
+    option("file", nargs="?", default="-", metavar="FILE.jsonl", help="lines to answer; - streams [-]")
+    option("--output", type=Path, help="file for the answers, written when all are there [standard output]")
+    option("--wall-seconds", type=_seconds, default=defaults.wall_seconds, help=f"of one program on one input [{wall}]")
+    option("--cpu-seconds", type=_seconds, default=float(cpu), help=f"the same in CPU time, rounded up [{cpu}]")
+    option("--memory-mb", type=_number(1, 1 << 20), default=memory, help=f"of one program [{memory}]")
+    cores = os.cpu_count() or 1
+    option("--workers", type=_number(1, 1024), default=cores, help=f"programs side by side [cores: {cores}]")
+    option("--allowed-imports", default=modules, metavar="A,B", help=f"modules for programs [{modules}]")
+    option(
         "--require",
         choices=("strict", "best-effort"),
         default="strict",
@@ -61,18 +56,21 @@ def sandbox_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_sandbox(options: argparse.Namespace, *, require: Require | None = None) -> SandboxPool:
-    """The sandbox that `sandbox_options` describe."""
-    return SandboxPool(
+@asynccontextmanager
+async def open_sandbox(options: argparse.Namespace, *, require: Require | None = None) -> AsyncIterator[SandboxPool]:
+    """The sandbox that `sandbox_options` describe; says on standard error if programs could get out of it."""
+    async with SandboxPool(
         workers=options.workers,
         wall_seconds=options.wall_seconds,
-        # The wall clock is the limit that was asked for; CPU time alone never ends a program before it.
-        cpu_seconds=math.ceil(options.wall_seconds),
+        cpu_seconds=options.cpu_seconds,
         memory_mb=options.memory_mb,
         allowed_imports=[name for name in options.allowed_imports.split(",") if name],
         label="azr_async-tool",
         require=require or options.require,
-    )
+    ) as sandbox:
+        if sandbox.weakness:
+            print(f"warning: {sandbox.weakness}", file=sys.stderr)
+        yield sandbox
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,10 +80,11 @@ def _parser() -> argparse.ArgumentParser:
         "input; each answer an object with id, status, value, error and wall_ms, in the same order. status is one of "
         "ok, error, timeout, memory, blocked, nondeterministic, rejected, output_too_long.",
     )
-    sandbox_options(parser)
-    parser.add_argument(
-        "--runs", type=_count, default=2, help="runs that must agree, in differently seeded processes [2]"
+    sandbox_options(parser, DEFAULTS)
+    runs = (
+        "runs that must agree, in differently seeded processes; more than one are five for programs that use sets [2]"
     )
+    parser.add_argument("--runs", type=_number(1, 100), default=2, help=runs)
     parser.add_argument(
         "--input-mode",
         choices=("literal", "expression"),
@@ -96,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def _execute(options: argparse.Namespace) -> None:
+async def _execute(options: argparse.Namespace) -> int:
+    if options.explain:
+        return await _explain(options)
     async with open_sandbox(options) as sandbox:
 
         async def answer(row: Row) -> Row:
@@ -111,13 +112,14 @@ async def _execute(options: argparse.Namespace) -> None:
             }
 
         await answer_lines(options.file, options.output, answer=answer, refuse=_refuse)
+    return 0
 
 
 def _refuse(row: Row, reason: str) -> Row:
     return {"id": row.get("id"), "status": "error", "value": None, "error": f"bad line: {reason}", "wall_ms": 0.0}
 
 
-async def _explain(options: argparse.Namespace) -> None:
+async def _explain(options: argparse.Namespace) -> int:
     """The layers that were found to work, each tried out, and whether they are enough."""
     async with open_sandbox(options, require="best-effort") as sandbox:
         layers = sandbox.layers
@@ -129,17 +131,27 @@ async def _explain(options: argparse.Namespace) -> None:
             print("strict: starts here")
     except SandboxError as error:
         print(f"strict: refuses to start. {error}")
+        return 1
+    return 0
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
+def _number(least: int, most: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number."""
+
+    def parse(text: str) -> int:
+        number = int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else -1
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+        return number
+
+    return parse
 
 
-def _positive(text: str) -> float:
-    number = float(text)
-    if not 0.0 < number < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0.0 < number <= MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0, up to {MOST_SECONDS}")
     return number

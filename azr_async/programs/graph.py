@@ -40,21 +40,29 @@ async def self_play(
     replies: Sender[Reply],
     *,
     stop: asyncio.Event,
+    on_weights: Callable[[WeightsReady], None] = lambda ready: None,
 ) -> None:
     """Serve the learner until it closes `requests`; then everything else is cancelled and leaves nothing behind.
 
     The learner's first message is WeightsReady: from then on the engines hold the weights it trains. `begin` gives the
     parts of a loop that starts with weights of that version. `stop` ends admission; what is on its way is still
-    delivered.
+    delivered. `on_weights` hears of new weights before anything is admitted under them.
     """
     async with replies:
         first = await anext(requests, None)
         if first is not None:  # else the learner ended before it began
             assert isinstance(first, WeightsReady)
-            await _serve(await begin(first.version), requests, replies, stop)
+            on_weights(first)
+            await _serve(await begin(first.version), requests, replies, stop, on_weights)
 
 
-async def _serve(parts: Parts, requests: Receiver[Request], replies: Sender[Reply], stop: asyncio.Event) -> None:
+async def _serve(
+    parts: Parts,
+    requests: Receiver[Request],
+    replies: Sender[Reply],
+    stop: asyncio.Event,
+    on_weights: Callable[[WeightsReady], None],
+) -> None:
     flow = _flow(parts.config)
     flow.installed(parts.start_version)
     changed = Changed()
@@ -76,6 +84,7 @@ async def _serve(parts: Parts, requests: Receiver[Request], replies: Sender[Repl
                 case BatchRequest():
                     await batch_requests.send(request)
                 case WeightsReady():
+                    on_weights(request)
                     flow.installed(request.version)
                     changed.notify()
                 case EvaluationRequest():
@@ -139,6 +148,7 @@ async def _stages(
                 changed=changed,
                 on_dropped=filing.dropped,
                 stats=filing.stats,
+                notes=parts.notes,
             ),
         }.items():
             group.create_task(stage, name=name)

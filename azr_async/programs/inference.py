@@ -1,20 +1,25 @@
 """An inference worker: serves self-play's jobs, takes new weights from the learner between two tokens.
 
-The engine and the weight group live in a thread of their own (`engine_thread.py`); the event loop only moves messages,
-so heartbeats go on while the engine computes.
+The event loop only moves messages, so heartbeats go on while the engine computes: the embedded one in a thread of its
+own (`engine_thread.py`), vLLM in processes of its own (`engine_vllm.py`).
 """
 
 import asyncio
 import logging
+import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from azr_async.adapters.channels import ZmqReceiver, ZmqSender, zmq_receiver, zmq_sender
 from azr_async.config import Config
-from azr_async.errors import ChannelClosed
+from azr_async.errors import ChannelClosed, WeightsError
 from azr_async.messages import (
+    CancelJob,
     GenerateJob,
     GenerationResults,
     JoinWeights,
@@ -23,7 +28,8 @@ from azr_async.messages import (
     WeightsJoined,
     WorkerReady,
 )
-from azr_async.programs.engine_thread import Answer, EngineThread, load_engine
+from azr_async.programs.engine_thread import Answer, Order, embedded_server
+from azr_async.programs.engine_vllm import vllm_server
 from azr_async.programs.wiring import Reporter, endpoint, load_run_config, program_main, program_parser
 
 CAPACITY = 256
@@ -53,66 +59,90 @@ async def serve(reporter: Reporter, *, name: str, config: Config, wires_dir: Pat
         AzrError: what went wrong, who did not answer, and what to do.
     """
     reporter.report("loading the model")
-    with ThreadPoolExecutor(1, thread_name_prefix="engine") as executor:
-        engine = await asyncio.get_running_loop().run_in_executor(executor, partial(load_engine, config))
-        async with (
-            _jobs(config, wires_dir, name) as jobs,
-            _pushes(config, wires_dir, name) as pushes,
-            _to_selfplay(config, wires_dir, name) as selfplay,
-            _to_learner(config, wires_dir, name) as learner,
-        ):
-            slots = config.engine.slots
-            await selfplay.send(WorkerReady(worker=name, endpoint=jobs.endpoint, slots=slots))
-            await learner.send(WorkerReady(worker=name, endpoint=pushes.endpoint, slots=slots))
-            reporter.report("waiting for weights")
-            answers: asyncio.Queue[Answer | None] = asyncio.Queue()
-            loop = asyncio.get_running_loop()
-            thread = EngineThread(
-                name, engine, config, answer=lambda answer: loop.call_soon_threadsafe(answers.put_nowait, answer)
-            )
-            async with asyncio.TaskGroup() as group:
-                helpers = [
-                    group.create_task(_read(jobs, pushes, thread), name="orders"),
-                    group.create_task(_stop_when_asked(reporter, thread), name="stop"),
-                ]
-                group.create_task(_forward(answers, selfplay, learner, reporter), name="answers")
-                try:
-                    await _run(thread, executor)
-                finally:
-                    answers.put_nowait(None)
-                for helper in helpers:
-                    helper.cancel()
+    async with (
+        _engine_server(config, name) as server,
+        _jobs(config, wires_dir, name) as jobs,
+        _pushes(config, wires_dir, name) as pushes,
+        _to_selfplay(config, wires_dir, name) as selfplay,
+        _to_learner(config, wires_dir, name) as learner,
+    ):
+        ready = WorkerReady(
+            worker=name,
+            endpoint=jobs.endpoint,
+            slots=config.engine.slots,
+            ranks=server.ranks,
+            incarnation=os.getpid(),
+        )
+        await selfplay.send(ready)
+        await learner.send(replace(ready, endpoint=pushes.endpoint))
+        reporter.report("waiting for weights")
+        answers: asyncio.Queue[Answer | None] = asyncio.Queue()
+        async with asyncio.TaskGroup() as group:
+            helpers = [
+                group.create_task(_read(jobs, pushes, server, config.weights.deadline_seconds), name="orders"),
+                group.create_task(_stop_when_asked(reporter, server), name="stop"),
+            ]
+            group.create_task(_forward(answers, selfplay, learner, reporter), name="answers")
+            try:
+                await server.run(answers.put_nowait)
+            finally:
+                answers.put_nowait(None)
+            for helper in helpers:
+                helper.cancel()
 
 
-async def _run(thread: EngineThread, executor: ThreadPoolExecutor) -> None:
-    """Wait for the thread; a cancellation stops it and waits until it has."""
-    work = asyncio.get_running_loop().run_in_executor(executor, thread.run)
-    try:
-        await asyncio.shield(work)
-    finally:
-        thread.stop()
-        await asyncio.wait([work])
+class EngineServer(Protocol):
+    """An engine that takes orders."""
+
+    ranks: int
+    """Processes of it that hold weights."""
+
+    def give(self, order: Order) -> None:
+        """Queue an order."""
+
+    def stop(self) -> None:
+        """End `run`; what is still running is dropped."""
+
+    async def run(self, answer: Callable[[Answer], object]) -> None:
+        """Carry out orders until `stop`, answering in the event loop."""
+
+
+def _engine_server(config: Config, name: str) -> AbstractAsyncContextManager[EngineServer]:
+    return (vllm_server if config.engine_kind == "vllm" else embedded_server)(config, name)
 
 
 async def _read(
-    jobs: ZmqReceiver[GenerateJob], pushes: ZmqReceiver[JoinWeights | PushWeights], thread: EngineThread
+    jobs: ZmqReceiver[GenerateJob | CancelJob],
+    pushes: ZmqReceiver[JoinWeights | PushWeights],
+    server: EngineServer,
+    deadline_seconds: float,
 ) -> None:
-    """Orders -> engine thread, which ends when nobody can send any more."""
+    """Orders -> engine, which ends when nobody can send any more.
 
-    async def hand_over(orders: ZmqReceiver[GenerateJob] | ZmqReceiver[JoinWeights | PushWeights]) -> None:
+    At the end of a run the learner closes first, and self-play with it. If self-play goes on, the learner has gone on
+    without this worker: WeightsError, so that it is started again.
+    """
+
+    async def hand_over(orders: ZmqReceiver[GenerateJob | CancelJob] | ZmqReceiver[JoinWeights | PushWeights]) -> None:
         async for order in orders:
-            thread.give(order)
+            server.give(order)
 
     async with asyncio.TaskGroup() as group:
-        group.create_task(hand_over(jobs), name="jobs")
-        group.create_task(hand_over(pushes), name="pushes")
-    thread.stop()
+        playing = group.create_task(hand_over(jobs), name="jobs")
+        await hand_over(pushes)
+        await asyncio.wait([playing], timeout=deadline_seconds)
+        if not playing.done():
+            raise WeightsError(
+                f"the learner closed its end {deadline_seconds:g} s ago and the run goes on: it has given this worker "
+                "up. Look at logs/learner-0.log for why; raise weights.deadline_seconds if this worker was only slow."
+            )
+    server.stop()
 
 
-async def _stop_when_asked(reporter: Reporter, thread: EngineThread) -> None:
+async def _stop_when_asked(reporter: Reporter, server: EngineServer) -> None:
     await reporter.stop_requested.wait()
     log.info("asked to stop")
-    thread.stop()
+    server.stop()
 
 
 async def _forward(
@@ -133,10 +163,10 @@ async def _forward(
             log.info("%s dropped: %s", type(answer).__name__, closed)
 
 
-def _jobs(config: Config, wires_dir: Path, name: str) -> ZmqReceiver[GenerateJob]:
+def _jobs(config: Config, wires_dir: Path, name: str) -> ZmqReceiver[GenerateJob | CancelJob]:
     return zmq_receiver(
         endpoint(config, wires_dir, f"{name}-jobs"),
-        (GenerateJob,),
+        (GenerateJob, CancelJob),
         name=f"{name}-jobs",
         capacity=CAPACITY,
         join_seconds=config.wires.start_seconds,

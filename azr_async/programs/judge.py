@@ -8,14 +8,12 @@ Out: `{"id", "correct", "reason"}`, in the order of the input.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-import uvloop
-
 from azr_async.adapters.sandbox.pool import SandboxPool
 from azr_async.algorithm.judging import (
+    INDUCTION_RUNS,
     RIGHT,
     Judgement,
     judge_abduction,
@@ -23,29 +21,15 @@ from azr_async.algorithm.judging import (
     judge_induction,
     judged_pairs,
 )
-from azr_async.errors import AzrError
+from azr_async.config import SandboxConfig
 from azr_async.messages import TASKS, Pair, Problem, Task
 from azr_async.programs.execute import open_sandbox, sandbox_options
-from azr_async.programs.jsonl import BadLine, InputError, Row, answer_lines, text_field
+from azr_async.programs.jsonl import BadLine, Row, answer_lines, run_tool, text_field
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Judge every line; returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 after Ctrl-C."""
-    try:
-        options = _parser().parse_args(arguments)
-    except SystemExit as leaving:  # argparse has told the user what is wrong, or what --help asks for
-        return int(leaving.code or 0)
-    try:
-        uvloop.run(_judge(options))
-    except InputError as error:
-        print(f"judge: {error}", file=sys.stderr)
-        return 2
-    except AzrError as error:
-        print(f"judge: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    """Judge every line; returns the exit status."""
+    return run_tool(_parser(), arguments, _judge)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,12 +39,22 @@ def _parser() -> argparse.ArgumentParser:
         "induction), program, input, output, pairs and answer, as the task needs; each answer an object with id, "
         "correct and reason, in the same order. Values are compared with their types: 1, True and 1.0 differ.",
     )
-    sandbox_options(parser)
-    parser.add_argument("--relative-tolerance", type=float, default=0.0, help="for floats [0: exact]")
+    sandbox_options(parser, SandboxConfig())
+    parser.add_argument("--relative-tolerance", type=_tolerance, default=0.0, help="for floats, below 1 [0: exact]")
     return parser
 
 
-async def _judge(options: argparse.Namespace) -> None:
+def _tolerance(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0.0 <= number < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to less than 1")
+    return number
+
+
+async def _judge(options: argparse.Namespace) -> int:
     async with open_sandbox(options) as sandbox:
 
         async def answer(row: Row) -> Row:
@@ -68,6 +62,7 @@ async def _judge(options: argparse.Namespace) -> None:
             return {"id": row.get("id"), "correct": reward == RIGHT, "reason": reason}
 
         await answer_lines(options.file, options.output, answer=answer, refuse=_refuse)
+    return 0
 
 
 def _refuse(row: Row, reason: str) -> Row:
@@ -86,7 +81,7 @@ async def _judgement(row: Row, sandbox: SandboxPool, relative_tolerance: float) 
     if task == "abduction":
         (outcome,) = await sandbox.run(problem.program, [answer])
         return judge_abduction(problem, outcome, relative_tolerance=relative_tolerance)
-    outcomes = await sandbox.run(answer, [pair.input for pair in judged_pairs(problem)])
+    outcomes = await sandbox.run(answer, [pair.input for pair in judged_pairs(problem)], times=INDUCTION_RUNS)
     return judge_induction(problem, outcomes, relative_tolerance=relative_tolerance)
 
 

@@ -22,12 +22,20 @@ from azr_async.programs.summary import (
     MetricsReader,
     how_it_failed,
     how_it_was_interrupted,
+    how_it_was_lost,
     what_failed_while_stopping,
     what_was_learned,
 )
-from azr_async.programs.supervision import Deadlines, Ended, ProgramSpec, RunEnd, Supervisor
+from azr_async.programs.supervision import Deadlines, Ended, Loss, ProgramSpec, RunEnd, Supervisor
 from azr_async.programs.view import View, ViewState, say
-from azr_async.programs.wiring import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, endpoint, read_last_words
+from azr_async.programs.wiring import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    endpoint,
+    forget_last_words,
+    read_last_words,
+)
 
 REDRAW_SECONDS: Final = 0.25
 LINGER_SECONDS: Final = 10.0
@@ -81,10 +89,11 @@ def program_specs(
         return ProgramSpec(
             name=placed.process,
             argv=command(placed, run_dir=run_dir.absolute(), wires_dir=wires_dir, resume=checkpoint),
-            env=environment(placed, everyone, env, rendezvous_port=port),
+            env=environment(placed, everyone, env, rendezvous_port=port, run_dir=run_dir),
             log_path=run_dir / "logs" / f"{placed.process}.log",
             ends_the_run=placed.rank is not None,
             is_told_to_stop=placed.rank is not None or placed.process == "selfplay",
+            max_restarts=config.run.max_restarts if placed.role == "generates" else 0,
         )
 
     return [spec(placed) for placed in everyone]
@@ -95,6 +104,12 @@ async def watch(
 ) -> RunEnd:
     """Run the programs until the end, listening to their reports and drawing the view."""
     stop_seconds = config.wires.stop_seconds
+    state = ViewState(steps=config.run.steps, processes={spec.name: "starting" for spec in specs})
+
+    def on_loss(loss: Loss) -> None:
+        state.news.append(how_it_was_lost(loss, read_last_words(wires_dir, loss.ended.name), config.run.max_restarts))
+        forget_last_words(wires_dir, loss.ended.name)
+
     supervisor = Supervisor(
         specs,
         Deadlines(
@@ -103,14 +118,14 @@ async def watch(
             linger_seconds=min(LINGER_SECONDS, stop_seconds),
         ),
         is_consequence=lambda name: (words := read_last_words(wires_dir, name)) is not None and words.is_consequence,
+        on_loss=on_loss,
     )
-    state = ViewState(steps=config.run.steps, processes={spec.name: "starting" for spec in specs})
     reports: ZmqReceiver[Progress] = zmq_receiver(
         endpoint(config, wires_dir, "launcher"),
         (Progress,),
         name="progress",
         capacity=64,
-        expected_senders=len(specs),
+        expected_senders=len(specs) + sum(spec.max_restarts for spec in specs),
         heartbeat_seconds=config.wires.heartbeat_seconds,
         peer_timeout_seconds=config.wires.peer_timeout_seconds,
     )
@@ -122,7 +137,7 @@ async def watch(
                 end = await supervisor.run()
                 listening.cancel()
                 drawing.cancel()
-                state.take(metrics.new_lines(), supervisor.states())
+                _take(metrics, state, supervisor)
                 view.redraw()
     return end
 
@@ -140,9 +155,15 @@ async def _listen(reports: ZmqReceiver[Progress], supervisor: Supervisor, state:
 
 async def _draw(view: View, state: ViewState, supervisor: Supervisor, metrics: MetricsReader) -> None:
     while True:
-        state.take(metrics.new_lines(), supervisor.states())
+        _take(metrics, state, supervisor)
         view.redraw()
         await asyncio.sleep(REDRAW_SECONDS)
+
+
+def _take(metrics: MetricsReader, state: ViewState, supervisor: Supervisor) -> None:
+    lines = metrics.new_lines()
+    supervisor.is_under_way = supervisor.is_under_way or bool(lines)
+    state.take(lines, supervisor.states())
 
 
 @contextmanager
@@ -179,7 +200,7 @@ def _tell(end: RunEnd, config: Config, *, run_dir: Path, wires_dir: Path, consol
         return EXIT_FAILED
     for one in bad:
         print(f"warning: {one.name} ended with status {one.status}; see {run_dir}/logs/{one.name}.log", file=sys.stderr)
-    say(console, what_was_learned(lines, run_dir))
+    say(console, what_was_learned(lines, run_dir, end.restarts))
     return EXIT_DONE
 
 

@@ -1,6 +1,7 @@
 """The learner: batches -> optimizer step -> weights; evaluations, metrics, checkpoints.
 
-Rank 0 has the wires and the files. The other ranks get each batch from it by broadcast and train their share.
+Rank 0 has the wires and the files. The other ranks do what it orders: train their share of a batch, and, when the
+weights are sharded, put them together to be pushed, scored or saved.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ import torch as pytorch
 from azr_async.adapters import checkpoints
 from azr_async.adapters.channels import wire
 from azr_async.adapters.models import load_model
-from azr_async.adapters.trainer import Trainer, connect_ranks, share
+from azr_async.adapters.trainer import Crew, Trainer, connect_ranks, follow, loading_device
 from azr_async.config import Config
 from azr_async.messages import RolloutBatch
 from azr_async.programs.learner_loop import Leader, Loaded
@@ -26,8 +27,6 @@ from azr_async.programs.learner_wires import StopRequested, Wires, open_wires
 from azr_async.programs.wiring import Reporter, load_run_config, program_main, program_parser
 
 CHECKPOINTS_FOLDER: Final = "checkpoints"
-END: Final = b""
-"""What the other ranks get instead of a batch when the run is over."""
 
 log = logging.getLogger(__name__)
 
@@ -77,13 +76,13 @@ async def _lead(
     loaded: Loaded, torch: TorchThread, wires: Wires, reporter: Reporter, *, run_dir: Path, config: Config
 ) -> None:
     """Rank 0: the whole run, from the first weights to the last checkpoint."""
-    resumed_step = loaded.trainer.version if loaded.is_resumed else None
+    resumed_step = loaded.crew.version if loaded.is_resumed else None
     vocabulary = loaded.model.config.vocab_size
     if resumed_step is not None:
         # With the lines that Books cuts off, and before them: the newest checkpoint never lacks its lines.
         await torch.run(partial(checkpoints.remove_after, run_dir / CHECKPOINTS_FOLDER, resumed_step))
     with Books(run_dir, config, resumed_step=resumed_step) as books:
-        async with publishing(config, loaded.trainer, torch, wires, vocabulary=vocabulary) as publisher:
+        async with publishing(config, loaded.crew, torch, wires, vocabulary=vocabulary) as publisher:
             leader = Leader(
                 loaded,
                 config,
@@ -95,22 +94,25 @@ async def _lead(
                 checkpoint_root=run_dir / CHECKPOINTS_FOLDER,
             )
             await leader.run()
-    await torch.run(partial(share, END, loaded.accelerator))
+    await torch.run(loaded.crew.dismiss)
 
 
 def _follow(config: Config, resume: Path | None) -> None:
-    """Rank 1 and up: train the share of each batch until there is no other."""
+    """Rank 1 and up: do what rank 0 orders until the run is over."""
     loaded = _load(config, resume)
-    while payload := share(END, loaded.accelerator):
+
+    def decode(payload: bytes) -> RolloutBatch:
         batch = wire.decode(payload, limit_bytes=config.wires.message_mb * 2**20)
         assert isinstance(batch, RolloutBatch)
-        loaded.trainer.train(batch)
+        return batch
+
+    follow(loaded.trainer, loaded.accelerator, decode=decode)
 
 
 def _load(config: Config, resume: Path | None) -> Loaded:
     accelerator = connect_ranks(config)
     state = checkpoints.load(resume) if resume else None
-    model, tokenizer = load_model(str(resume or config.model.path), "float32", accelerator.device)
+    model, tokenizer = load_model(str(resume or config.model.path), "float32", loading_device(config, accelerator))
     trainer = Trainer(model, config, accelerator, version=state.version if state else 0)
     if state:
         trainer.load_optimizer_state(state.optimizer)
@@ -119,6 +121,7 @@ def _load(config: Config, resume: Path | None) -> Loaded:
         model=model,
         tokenizer=tokenizer,
         trainer=trainer,
+        crew=Crew(trainer, accelerator, encode=wire.encode),
         accelerator=accelerator,
         is_resumed=state is not None,
         wall_seconds=state.extra["wall_seconds"] if state else 0.0,

@@ -1,5 +1,6 @@
 """Rank 0 of the learner: the order in which batches, updates, pushes, evaluations, lines and checkpoints follow."""
 
+import logging
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -9,14 +10,15 @@ from typing import Any
 from accelerate import Accelerator
 
 from azr_async.adapters import checkpoints
-from azr_async.adapters.channels import wire
-from azr_async.adapters.trainer import StepReport, Trainer, share
+from azr_async.adapters.trainer import Crew, StepReport, Trainer
 from azr_async.config import Config
 from azr_async.messages import BatchRequest, EvaluationRequest, EvaluationResult, RolloutBatch, WeightsReady
 from azr_async.programs.learner_metrics import Books, Push, Record, empty_record, step_record
 from azr_async.programs.learner_weights import Publisher, TorchThread
-from azr_async.programs.learner_wires import Wires
+from azr_async.programs.learner_wires import FromSelfPlay, Wires
 from azr_async.programs.wiring import Reporter
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +28,8 @@ class Loaded:
     model: Any
     tokenizer: Any
     trainer: Trainer
+    crew: Crew
+    """The trainers of all ranks; on rank 0 only."""
     accelerator: Accelerator
     is_resumed: bool
     wall_seconds: float
@@ -52,7 +56,7 @@ class Leader:
         reporter: Reporter,
         checkpoint_root: Path,
     ) -> None:
-        self._loaded, self._trainer, self._config = loaded, loaded.trainer, config
+        self._loaded, self._trainer, self._config = loaded, loaded.crew, config
         self._torch, self._wires, self._publisher = torch, wires, publisher
         self._books, self._reporter, self._checkpoint_root = books, reporter, checkpoint_root
         self._first_version = self._saved_step = self._trainer.version
@@ -93,13 +97,29 @@ class Leader:
     async def _publish(self) -> Push:
         self._report("pushing weights")
         push = await self._publisher.push(self._trainer.version)
-        await self._wires.requests.send(WeightsReady(version=self._trainer.version))
+        await self._wires.requests.send(WeightsReady(version=self._trainer.version, workers=self._publisher.installed))
         return push
 
     async def _next_batch(self) -> RolloutBatch | None:
         self._report("waiting for samples")
-        deadline_seconds = self._deadline_seconds(self._trainer.version)
-        return await self._wires.inbox.next(RolloutBatch, deadline_seconds=deadline_seconds, whom="selfplay")
+        return await self._made_with_newest(RolloutBatch)
+
+    async def _made_with_newest(self, kind: type[FromSelfPlay]) -> FromSelfPlay | None:
+        """What self-play makes with the newest weights; None when a stop is requested.
+
+        A worker that comes in the meantime gets them at once: self-play may have nobody else to make it.
+        """
+        version, inbox = self._trainer.version, self._wires.inbox
+        while True:
+            made = await inbox.next(
+                kind,
+                version=version,
+                deadline_seconds=self._deadline_seconds(version),
+                unless=lambda: self._publisher.has_newcomers,
+            )
+            if made is not None or inbox.is_stopping:
+                return made
+            await self._publish()
 
     def _deadline_seconds(self, version: int) -> float:
         """For what self-play makes with weights of `version`; with the first ones it fills its library before."""
@@ -110,12 +130,7 @@ class Leader:
         self._report("training")
         if self._trainer.version + 1 < self._config.run.steps:
             await self._wires.requests.send(BatchRequest(version=self._trainer.version + 1))
-        return await self._torch.run(partial(self._train_on_all_ranks, batch))
-
-    def _train_on_all_ranks(self, batch: RolloutBatch) -> StepReport:
-        if self._loaded.accelerator.num_processes > 1:
-            share(wire.encode(batch), self._loaded.accelerator)
-        return self._trainer.train(batch)
+        return await self._torch.run(partial(self._trainer.train, batch))
 
     def _record(self, batch: RolloutBatch, report: StepReport, push: Push) -> Record:
         now, before = time.monotonic(), self._last_step_end
@@ -137,9 +152,26 @@ class Leader:
             return
         record, self._unwritten = self._unwritten, None
         self._report("waiting for the evaluation")
-        deadline_seconds = self._deadline_seconds(record["version"])
-        result = await self._wires.inbox.next(EvaluationResult, deadline_seconds=deadline_seconds, whom="selfplay")
+        if record["version"] == self._trainer.version:
+            result = await self._made_with_newest(EvaluationResult)
+        else:
+            result = await self._made_with_last(record["version"])
         self._books.enter_step(record, result)
+
+    async def _made_with_last(self, version: int) -> EvaluationResult | None:
+        """The evaluation of weights that the engines still have, but the trainer no longer.
+
+        Once the last worker that has them is lost, nobody can make it any more: None.
+        """
+        result = await self._wires.inbox.next(
+            EvaluationResult,
+            version=version,
+            deadline_seconds=self._deadline_seconds(version),
+            unless=lambda: self._publisher.has_newcomers and not self._publisher.has_installed,
+        )
+        if result is None and not self._wires.inbox.is_stopping:
+            log.warning("version %d was lost with its last inference worker: it is not evaluated", version)
+        return result
 
     async def _save(self) -> None:
         """Write a checkpoint, unless there is one of these weights."""
@@ -148,15 +180,18 @@ class Leader:
             return
         self._report("writing a checkpoint")
         self._saved_step = version
-        await self._torch.run(
-            lambda: checkpoints.save(
-                self._checkpoint_root,
-                step=version,
-                version=version,
-                model=self._loaded.model,
-                tokenizer=self._loaded.tokenizer,
-                optimizer=self._trainer.optimizer_state(),
-                keep=self._config.checkpoint.keep,
-                extra={"wall_seconds": time.monotonic() - self._started},
-            )
+        await self._torch.run(partial(self._write_checkpoint, version))
+
+    def _write_checkpoint(self, version: int) -> None:
+        weights, optimizer = self._trainer.checkpoint_state()
+        checkpoints.save(
+            self._checkpoint_root,
+            step=version,
+            version=version,
+            model=self._loaded.model,
+            tokenizer=self._loaded.tokenizer,
+            weights=weights,
+            optimizer=optimizer,
+            keep=self._config.checkpoint.keep,
+            extra={"wall_seconds": time.monotonic() - self._started},
         )

@@ -67,12 +67,16 @@ def step_record(
     busy_share: float,
 ) -> Record:
     """One line of metrics.jsonl. A rate or a cell without data is null."""
-    stats = nested(batch.stats)
+    stats = nested({**batch.stats, **batch.notes})
     record = empty_record(report.version, config, wall_seconds=wall_seconds)
     for name in ("valid_rate", "solve_rate", "library", "tokens", "samples", "busy"):
         record[name] |= stats.pop(name, {})
     record["tokens"] |= {"trained": report.trained_tokens, "computed": report.computed_tokens}
-    record["samples"] |= {"trained": report.trained_samples, "computed": report.computed_samples}
+    record["samples"] |= {
+        "trained": report.trained_samples,
+        "computed": report.computed_samples,
+        "spanning": sum(rollout.spans_versions for rollout in batch.rollouts),
+    }
     record["busy"] |= {"learner": busy_share}
     record["reward"] |= {cell_name(cell): stats_of.mean for cell, stats_of in report.cells.items()}
     record["lag"] |= {"mean": report.lag_mean, "max": report.lag_max}

@@ -1,7 +1,7 @@
 """What a self-play loop is made of, and its four stages that ask an engine or the sandbox, over these parts."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from azr_async.adapters.channels import MemoryReceiver, MemorySender, memory_channel
@@ -39,6 +39,8 @@ class Parts:
     """Running totals of the adapters: seconds busy and tokens generated."""
     gauges: Callable[[], Mapping[str, float]]
     """What else the adapters count, as flat metric names."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """What the adapters tell once, in words, under such names."""
     report: Callable[[str, int, int], None]
     """Tells phase, done, total to whoever watches."""
     group_ids: Iterator[int]

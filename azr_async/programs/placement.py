@@ -15,6 +15,14 @@ PACKAGE_ROOT: Final = Path(__file__).parents[2]
 
 _TORCHRUN: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
+VLLM_ENVIRONMENT: Final[Mapping[str, str]] = {
+    "VLLM_PLUGINS": "azr_async",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # it would put the threads of all workers on the same core
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""What vLLM is told that its arguments have no name for."""
+
 Role = Literal["generates", "plays, judges, paces", "learns"]
 
 
@@ -84,6 +92,13 @@ def gpus_found() -> int:
     return torch.cuda.device_count()
 
 
+def smallest_gpu_bytes(found: int) -> int | None:
+    """Memory of the smallest GPU that this process may use; None when there is none."""
+    import torch
+
+    return min((torch.cuda.get_device_properties(index).total_memory for index in range(found)), default=None)
+
+
 def check_gpus(config: Config, found: int) -> None:
     """Raise ConfigError when the host has fewer GPUs than the configuration wants; says what fits instead."""
     placement, needed = config.placement, gpus_needed(config)
@@ -98,20 +113,15 @@ def check_gpus(config: Config, found: int) -> None:
 def check_engines(config: Config) -> None:
     """Raise ConfigError for a placement that `place` can draw but no engine can fill yet."""
     span = config.placement.tensor_parallel
-    if span > 1 and config.engine.kind == "transformers":
+    if span > 1 and config.engine_kind == "transformers":
         raise ConfigError(
             f"placement.tensor_parallel = {span}: the embedded engine runs on one GPU. Leave tensor_parallel out; "
             "more --inference-gpus make more engines."
         )
-    if config.placement.mode == "shared" and config.placement.inference_gpus:
-        raise ConfigError(
-            "placement.mode = shared is not possible with the embedded engine yet: NCCL cannot send weights from a GPU "
-            "to itself. Leave it out and give --inference-gpus and --train-gpus GPUs of their own."
-        )
 
 
 def environment(
-    placed: Placed, everyone: Sequence[Placed], base: Mapping[str, str], *, rendezvous_port: int
+    placed: Placed, everyone: Sequence[Placed], base: Mapping[str, str], *, rendezvous_port: int, run_dir: Path
 ) -> dict[str, str]:
     """The environment of one program: the launcher's, with devices, threads and its place in the learner group.
 
@@ -127,6 +137,8 @@ def environment(
     # Two threads per process on shared cores are several times slower than one; a GPU program needs few.
     result |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     result |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONHASHSEED": "0"}
+    # vLLM's own processes show this instead of a command line.
+    result |= {**VLLM_ENVIRONMENT, "VLLM_PROCESS_NAME_PREFIX": f"{placed.process} of {run_dir}"}
     if sys.platform == "linux":
         result["GLOO_SOCKET_IFNAME"] = "lo"  # all programs are on this host; its name may resolve to anything
     if placed.rank is not None and len(ranks) > 1:  # a rank alone meets nobody, and opens no port
@@ -178,7 +190,7 @@ def _what_fits(config: Config, found: int) -> str:
         )
     if found == 1:
         return (
-            "A GPU cannot both generate and learn yet, so it takes two. "
+            "What fits: --inference-gpus 1 --train-gpus 1 --placement shared --engine.memory-share 0.4. "
             "For the CPU leave --inference-gpus and --train-gpus out."
         )
     span = config.placement.tensor_parallel

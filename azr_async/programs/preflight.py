@@ -1,6 +1,7 @@
 """What must be true of this machine before a run starts, all asked at once; and the dry run, which starts nothing."""
 
 import errno
+import importlib.util
 import json
 import re
 import socket
@@ -15,12 +16,15 @@ from rich.table import Table
 from azr_async.algorithm.dialogue.compact import MARKERS
 from azr_async.config import Config
 from azr_async.errors import AzrError, ConfigError
-from azr_async.programs import files, placement
+from azr_async.programs import files, fit, placement
 from azr_async.programs.folders import config_text
+from azr_async.programs.memory_table import cache_note, heading, parts_table, splits_table
+from azr_async.programs.model_shapes import shape_of
 from azr_async.programs.wiring import endpoint, endpoint_names
 
 _CHECKPOINT_NAME: Final = re.compile(r"step-(\d{6,})")
 _HIGHEST_PORT: Final = 65_535
+_COMMON_GPU_GB: Final = 80
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +46,7 @@ class Findings:
     """What stands in the way of a run, each with the way out."""
 
     here: tuple[str, ...]
-    """What only this machine lacks, GPUs or the way to the hub: a dry run is often made on another than the run."""
+    """What only this machine lacks, GPUs, vLLM, the way to the hub: a dry run is often made on another than the run."""
     others: tuple[str, ...]
     resumed: Resumed | None
     """Where the run would go on from."""
@@ -62,12 +66,13 @@ def check(config: Config, *, output: Path | None, resume: Path | None) -> Resume
 
 def examine(config: Config, *, output: Path | None, resume: Path | None) -> Findings:
     """All of the questions, whatever the answers."""
-    here, hub = list(_gpu_problems(config)), files.hub_problem(config.model.path)
+    here, hub = [*_gpu_problems(config), *_package_problems(config)], files.hub_problem(config.model.path)
     if hub is not None and hub.is_of_this_machine:
         here.append(hub.text)
     others = [
         *([hub.text] if hub is not None and not hub.is_of_this_machine else []),
         *_engine_problems(config),
+        *_memory_problems(config),
         *files.problems(config, output),
         *_language_problems(config),
         *_port_problems(config),
@@ -90,6 +95,7 @@ def dry_run(console: Console, config: Config, *, output: Path | None, resume: Pa
     for placed in placement.place(config):
         table.add_row(placed.process, placed.devices, placed.role)
     console.print(table)
+    _show_memory(console, config)
     findings = examine(config, output=output, resume=resume)
     if findings.resumed is not None:
         console.print(f"\nIt would go on from {findings.resumed.checkpoint}.", highlight=False, soft_wrap=True)
@@ -116,6 +122,47 @@ def _engine_problems(config: Config) -> Iterator[str]:
         placement.check_engines(config)
     except ConfigError as error:
         yield str(error)
+
+
+def _package_problems(config: Config) -> Iterator[str]:
+    if config.engine_kind == "vllm" and importlib.util.find_spec("vllm") is None:
+        yield (
+            "engine.kind = vllm, which is what `auto` means on GPUs, but vLLM is not installed here. Install it with "
+            "`pip install -e '.[vllm]'` (README.md has the line for CPUs), or use --engine transformers."
+        )
+
+
+def _memory_problems(config: Config) -> Iterator[str]:
+    """What the GPUs have no room for; nothing is known about a model whose shape is not."""
+    if placement.gpus_needed(config) == 0:
+        return
+    shape = shape_of(config.model.path)
+    if shape is not None:
+        yield from fit.problems(config, shape, _gpu_bytes(config))
+
+
+def _show_memory(console: Console, config: Config) -> None:
+    if placement.gpus_needed(config) == 0:
+        return
+    shape, gpu_bytes = shape_of(config.model.path), _gpu_bytes(config)
+    if shape is None:
+        text = f"\nMemory is not estimated: the shape of {config.model.path} is unknown, its config.json is not here."
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        return
+    fits = fit.fit_of(config, shape, gpu_bytes)
+    title = heading(config, shape, fits, gpu_bytes)
+    console.print(f"\n{title}", highlight=False, markup=False, soft_wrap=True)
+    console.print(parts_table(config, fits))
+    console.print(cache_note(config, fits), highlight=False, soft_wrap=True)
+    console.print("\nthe same settings on other GPUs: engine + learner, GB per GPU", highlight=False)
+    console.print(splits_table(config, shape))
+
+
+def _gpu_bytes(config: Config) -> int:
+    """Of one GPU: as set, else this machine's smallest, else a common one."""
+    if config.placement.gpu_memory_gb:
+        return round(config.placement.gpu_memory_gb * fit.GB)
+    return placement.smallest_gpu_bytes(placement.gpus_found()) or _COMMON_GPU_GB * fit.GB
 
 
 def _language_problems(config: Config) -> Iterator[str]:

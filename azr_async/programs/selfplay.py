@@ -19,6 +19,7 @@ from azr_async.algorithm.validity import program_key
 from azr_async.config import Config
 from azr_async.messages import (
     BatchRequest,
+    CancelJob,
     EvaluationRequest,
     GenerateJob,
     GenerationResults,
@@ -56,6 +57,8 @@ async def run(reporter: Reporter, *, config: Config, run_dir: Path, wires_dir: P
             asyncio.TaskGroup() as group,
         ):
             log.info("sandbox layers: %s", sandbox.layers)
+            if sandbox.weakness:
+                log.warning(sandbox.weakness)
             engines = _engines(config, wires_dir, results)
             group.create_task(engines.run(), name="engines")
             seeds = await _seeds(config, sandbox, suite)
@@ -70,14 +73,21 @@ async def run(reporter: Reporter, *, config: Config, run_dir: Path, wires_dir: P
                     library=await restored_library(config, journal, seeds, version=version),
                     suite=suite,
                     usage=partial(_usage, engines, sandbox),
-                    gauges=partial(_gauges, sandbox),
+                    gauges=partial(_gauges, engines, sandbox),
+                    notes=_notes(sandbox),
                     report=reporter.report,
                     group_ids=count(-1, -1),
                     start_version=version,
                 )
 
             reporter.report("waiting for weights", 0, 0)
-            await self_play(begin, requests, _replies(config, wires_dir), stop=reporter.stop_requested)
+            await self_play(
+                begin,
+                requests,
+                _replies(config, wires_dir),
+                stop=reporter.stop_requested,
+                on_weights=lambda ready: engines.installed(ready.workers),
+            )
             engines.stop()
 
 
@@ -122,16 +132,21 @@ def _usage(engines: RemoteEngines, sandbox: SandboxPool) -> Mapping[str, float]:
     }
 
 
-def _gauges(sandbox: SandboxPool) -> Mapping[str, float]:
-    """The sandbox's counters, and which isolation layers were verified: 1 or 0."""
-    layers = {name: float(state.startswith("verified")) for name, state in sandbox.layers.items()}
-    return {f"sandbox.{name}": number for name, number in sandbox.numbers().items()} | {
-        f"sandbox.layers.{name}": verified for name, verified in layers.items()
+def _gauges(engines: RemoteEngines, sandbox: SandboxPool) -> Mapping[str, float]:
+    """Counters of the engines and the sandbox."""
+    return {f"engines.{name}": number for name, number in engines.numbers().items()} | {
+        f"sandbox.{name}": number for name, number in sandbox.numbers().items()
     }
 
 
+def _notes(sandbox: SandboxPool) -> Mapping[str, str]:
+    """What isolates the programs, layer by layer, and whether they could get out all the same."""
+    layers = {f"sandbox.layers.{name}": state for name, state in sandbox.layers.items()}
+    return layers | ({"sandbox.weakness": sandbox.weakness} if sandbox.weakness else {})
+
+
 def _engines(config: Config, wires_dir: Path, results: ZmqReceiver[GenerationResults | WorkerReady]) -> RemoteEngines:
-    def connect(ready: WorkerReady) -> ZmqSender[GenerateJob]:
+    def connect(ready: WorkerReady) -> ZmqSender[GenerateJob | CancelJob]:
         return zmq_sender(
             ready.endpoint,
             name="selfplay",
@@ -169,7 +184,8 @@ def _results(config: Config, wires_dir: Path) -> ZmqReceiver[GenerationResults |
         (GenerationResults, WorkerReady),
         name="selfplay",
         capacity=256,
-        expected_senders=config.inference_workers,
+        # One that failed has closed as well: only when all that may be started again have closed, nobody is left.
+        expected_senders=config.inference_workers * (1 + config.run.max_restarts),
         heartbeat_seconds=config.wires.heartbeat_seconds,
         peer_timeout_seconds=config.wires.peer_timeout_seconds,
         limit_bytes=config.wires.message_mb << 20,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from azr_async.messages import TASKS
-from azr_async.programs.supervision import Ended, RunEnd
+from azr_async.programs.supervision import Ended, Loss, RunEnd
 from azr_async.programs.view import duration
 from azr_async.programs.wiring import LastWords
 
@@ -42,13 +42,14 @@ class MetricsReader:
         return [line for line in lines if line["step"] >= self._first_step]
 
 
-def what_was_learned(lines: Sequence[Metrics], run_dir: Path) -> str:
-    """The summary of a run that is done."""
+def what_was_learned(lines: Sequence[Metrics], run_dir: Path, restarts: Mapping[str, int] | None = None) -> str:
+    """The summary of a run that is done. `restarts`: how often programs were lost on the way."""
     steps = [line for line in lines if line["step"] > 0]
     if not steps:
         return f"Done, without a training step.\n{_row('files', str(run_dir))}"
     headline = f"Done: {steps[-1]['step']} steps in {duration(lines[-1]['wall_seconds'])} of training."
-    rows = [*_learned(lines), *_stale(steps), *_busy(lines), *_tokens(steps), *_weights(steps), *_files(run_dir)]
+    rows = [*_learned(lines), *_stale(steps), *_busy(lines), *_tokens(steps), *_weights(steps)]
+    rows += [*_sandbox(lines), *_lost(restarts or {}), *_files(run_dir)]
     return "\n".join([headline, *rows])
 
 
@@ -85,10 +86,12 @@ def how_it_failed(end: RunEnd, culprit: Ended | None, words: str, run_dir: Path)
     if culprit is None:
         return f"The run failed: {end.complaint} The logs are in {run_dir / 'logs'}."
     log = run_dir / "logs" / f"{culprit.name}.log"
+    count = end.restarts.get(culprit.name, 0)
+    before = f"\nIt had been started again {count} time{'s' if count > 1 else ''} before." if count else ""
     if words:
-        return f"{culprit.name} failed: {words}\nIts log: {log}"
+        return f"{culprit.name} failed: {words}{before}\nIts log: {log}"
     tail = "".join(f"\n    {line}" for line in last_lines(log)) or "\n    (nothing)"
-    return f"{culprit.name} {how_it_ended(culprit.status)}\nLast lines of its log, {log}:{tail}"
+    return f"{culprit.name} {how_it_ended(culprit.status)}{before}\nLast lines of its log, {log}:{tail}"
 
 
 def how_it_ended(status: int) -> str:
@@ -98,6 +101,13 @@ def how_it_ended(status: int) -> str:
     name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
     hint = " Perhaps the machine ran out of memory: `dmesg` tells." if -status == signal.SIGKILL else ""
     return f"was killed by {name}.{hint}"
+
+
+def how_it_was_lost(loss: Loss, words: LastWords | None, max_restarts: int) -> str:
+    """What the user is told when a program is lost and started again."""
+    ended = loss.ended
+    how = f"failed: {words.message}" if words else how_it_ended(ended.status)
+    return f"{ended.name} {how} It starts again in {loss.after_seconds:g} s ({loss.number} of {max_restarts} times)."
 
 
 def last_lines(path: Path, count: int = LOG_LINES) -> list[str]:
@@ -176,6 +186,18 @@ def _weights(steps: Sequence[Metrics]) -> Iterator[str]:
             f"{len(pushes)} pushes; generation paused {1000 * pauses[len(pauses) // 2]:.0f} ms for one (median); "
             f"engine and learner agreed to {max(errors):.1e} nats",
         )
+
+
+def _lost(restarts: Mapping[str, int]) -> Iterator[str]:
+    if restarts:
+        times = ", ".join(f"{name} {count} time{'s' if count > 1 else ''}" for name, count in sorted(restarts.items()))
+        yield _row("restarts", f"{times}; what they had not finished was made again")
+
+
+def _sandbox(lines: Sequence[Metrics]) -> Iterator[str]:
+    weaknesses = [weakness for line in lines if (weakness := (line.get("sandbox") or {}).get("weakness"))]
+    if weaknesses:
+        yield _row("sandbox", weaknesses[-1])
 
 
 def _files(run_dir: Path) -> Iterator[str]:

@@ -1,17 +1,22 @@
-"""Keeps a set of programs: starts them, notices the first that fails, and leaves no process behind."""
+"""Keeps a set of programs: starts them, some of them again when they are lost, notices the first whose loss ends the
+run, and leaves no process behind."""
 
 import asyncio
 import os
 import signal
 import time
 from asyncio.subprocess import DEVNULL, Process
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
-State = Literal["starting", "running", "ended", "failed"]
+State = Literal["starting", "running", "restarting", "ended", "failed"]
+
+FIRST_BACK_OFF_SECONDS: Final = 1.0
+LONGEST_BACK_OFF_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +32,8 @@ class ProgramSpec:
     """When all programs with this mark have ended, the run is done."""
     is_told_to_stop: bool = False
     """Gets SIGTERM when the user wants to stop; the others end because their channels close."""
+    max_restarts: int = 0
+    """How often it is started again when it is lost while the run goes on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,12 +64,25 @@ class Ended:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """A program was lost, and will be started again."""
+
+    ended: Ended
+    number: int
+    """How often it was lost by now."""
+    after_seconds: float
+    """When it will be started again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunEnd:
     """How a run ended."""
 
     kind: Literal["done", "failed", "interrupted"]
     programs: tuple[Ended, ...]
-    """Programs that ended by themselves, in the order in which they did."""
+    """Programs that ended by themselves and were not started again, in the order in which they did."""
+    restarts: Mapping[str, int] = field(default_factory=dict)
+    """How often programs were lost without ending the run."""
     complaint: str = ""
     """Set when a run failed although no program did."""
     killed: tuple[str, ...] = ()
@@ -78,9 +98,19 @@ class Supervisor:
         deadlines: Deadlines,
         *,
         is_consequence: Callable[[str], bool] = lambda name: False,
+        on_loss: Callable[[Loss], None] = lambda loss: None,
     ) -> None:
-        """`is_consequence` tells whether a failed program says that it fell because of another."""
-        self._is_consequence = is_consequence
+        """`is_consequence` tells whether a failed program says that it fell because of another.
+
+        `on_loss` is called when a program was lost that will be started again.
+        """
+        self.is_under_way = False
+        """Set from outside once the run has shown that it works. Before, a program that fails by itself ends the run at
+        once: it would fail again."""
+        self._is_consequence, self._on_loss = is_consequence, on_loss
+        self._losses: Counter[str] = Counter()
+        self._resting: set[str] = set()
+        self._is_winding_down = asyncio.Event()
         self._specs = specs
         self._deadlines = deadlines
         self._processes: dict[str, Process] = {}
@@ -111,14 +141,33 @@ class Supervisor:
             try:
                 kind, complaint = await self._decided()
                 await self._wind_down(kind)
-                killed = tuple(spec.name for spec in self._specs if spec.name not in self._ended)
+                killed = tuple(spec.name for spec in self._specs if spec.name not in self._gone())
                 ended = tuple(sorted(self._ended.values(), key=lambda one: one.at_seconds))
             finally:
                 for keeper in keepers:
                     keeper.cancel()
-        return RunEnd(kind=kind, programs=ended, complaint=complaint, killed=killed)
+        return RunEnd(kind=kind, programs=ended, restarts=self._losses, complaint=complaint, killed=killed)
 
     async def _keep(self, spec: ProgramSpec) -> None:
+        """Run a program to its end; while its loss can be borne again and again, each time after a longer rest."""
+        while True:
+            ended = await self._run_once(spec)
+            if not self._is_started_again(spec, ended):
+                self._ended[spec.name] = ended
+                self._changed.set()
+                return
+            self._losses[spec.name] += 1
+            self._resting.add(spec.name)
+            loss = Loss(ended=ended, number=self._losses[spec.name], after_seconds=back_off(self._losses[spec.name]))
+            self._on_loss(loss)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(loss.after_seconds):
+                    await self._is_winding_down.wait()
+                    return
+            self._resting.remove(spec.name)
+            self._heard.discard(spec.name)
+
+    async def _run_once(self, spec: ProgramSpec) -> Ended:
         with spec.log_path.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
                 *spec.argv, stdin=DEVNULL, stdout=log, stderr=log, env=dict(spec.env), start_new_session=True
@@ -127,13 +176,25 @@ class Supervisor:
         self._changed.set()
         try:
             status = await process.wait()
-            self._ended[spec.name] = Ended(
-                name=spec.name, status=status, at_seconds=time.monotonic(), was_told=spec.name in self._told
-            )
+            return Ended(name=spec.name, status=status, at_seconds=time.monotonic(), was_told=spec.name in self._told)
         finally:
             _kill_group(process.pid)  # whatever it started dies with it
             await process.wait()  # short: SIGKILL cannot be refused
-            self._changed.set()
+
+    def _is_started_again(self, spec: ProgramSpec, ended: Ended) -> bool:
+        was_killed = ended.status < 0
+        return (
+            ended.status != 0
+            and (was_killed or self.is_under_way)
+            and self._losses[spec.name] < spec.max_restarts
+            and not ended.was_told
+            and not self._stop_wishes
+            and not self._is_winding_down.is_set()
+        )
+
+    def _gone(self) -> set[str]:
+        """Programs that do not run and, once the run winds down, never will again."""
+        return self._ended.keys() | self._resting
 
     async def _decided(self) -> tuple[Literal["done", "failed", "interrupted"], str]:
         names = {spec.name for spec in self._specs}
@@ -158,6 +219,7 @@ class Supervisor:
         return "interrupted" if self._stop_wishes else None
 
     async def _wind_down(self, kind: str) -> None:
+        self._is_winding_down.set()
         if kind == "failed":
             await self._cause_known(within_seconds=self._deadlines.grace_seconds)
         if kind == "interrupted":
@@ -179,7 +241,7 @@ class Supervisor:
         wishes = self._stop_wishes
         with suppress(TimeoutError):
             async with asyncio.timeout(within_seconds):
-                await self._until(lambda: names <= self._ended.keys() or (self._stop_wishes > max(1, wishes)))
+                await self._until(lambda: names <= self._gone() or (self._stop_wishes > max(1, wishes)))
 
     async def _cause_known(self, *, within_seconds: float) -> None:
         """A program may notice that its peer is failing before the peer has ended; the peer is then the cause."""
@@ -208,6 +270,8 @@ class Supervisor:
     def _state(self, name: str) -> State:
         if name in self._ended:
             return "ended" if self._ended[name].status == 0 else "failed"
+        if name in self._resting:
+            return "restarting"
         return "running" if name in self._heard else "starting"
 
     def _nothing_heard(self, names: Iterable[str]) -> str:
@@ -215,6 +279,11 @@ class Supervisor:
             f"{', '.join(sorted(names))} did not report within {self._deadlines.start_seconds:g} s of its start. "
             "Look at its log; a slow disk or a large model may need a higher wires.start_seconds."
         )
+
+
+def back_off(losses: int) -> float:
+    """How long a program rests that was lost so often, in seconds."""
+    return min(LONGEST_BACK_OFF_SECONDS, FIRST_BACK_OFF_SECONDS * 2.0 ** (losses - 1))
 
 
 def _kill_group(leader_pid: int) -> None:

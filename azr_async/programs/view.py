@@ -37,6 +37,8 @@ class ViewState:
     is_stopping: bool = False
     new_lines: list[Metrics] = field(default_factory=list)
     """Lines that were not yet printed (plain output)."""
+    news: list[str] = field(default_factory=list)
+    """What happened that was not expected, oldest first."""
 
     def hear(self, progress: Progress) -> None:
         """A program said what it is doing."""
@@ -61,6 +63,7 @@ class View:
         self._started_at = time.monotonic()
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._said: dict[str, tuple[Progress, float]] = {}
+        self._news_said = 0
         self._has_said_stopping = False
 
     def __enter__(self) -> Self:
@@ -87,6 +90,8 @@ class View:
     def _plain_lines(self) -> list[str]:
         lines = [plain_line(metrics, self._state.steps) for metrics in self._state.new_lines]
         self._state.new_lines.clear()
+        lines += self._state.news[self._news_said :]
+        self._news_said = len(self._state.news)
         if self._state.is_stopping and not self._has_said_stopping:
             self._has_said_stopping = True
             lines.append("finishing the step, writing a checkpoint; Ctrl-C again stops at once")
@@ -115,6 +120,8 @@ def say(console: Console, text: str) -> None:
 def plain_line(metrics: Metrics, steps: int) -> str:
     """One step in one line: `step 7/120   reward 0.12   lag 1.3 (max 2) ...`."""
     parts = [f"step {metrics['step']}/{steps}"]
+    if weakness := (metrics.get("sandbox") or {}).get("weakness"):
+        parts.insert(0, f"WARNING: {weakness}")
     rewards = _numbers(metrics.get("reward"))
     if rewards:
         parts.append(f"reward {sum(rewards) / len(rewards):.2f}")
@@ -141,6 +148,8 @@ def panel(state: ViewState, elapsed_seconds: float) -> RenderableType:
     if state.recent:
         parts += [Text(), _cells(state.recent[-1]), Text(), _flow(state)]
     parts += [Text(), _programs(state)]
+    if state.news:
+        parts += [Text(), Text(state.news[-1], style="yellow")]
     title = "stopping: the step at hand is finished and saved; Ctrl-C again stops at once" if state.is_stopping else ""
     return Panel(Group(*parts), title=title or "azr_async", border_style="yellow" if state.is_stopping else "cyan")
 
@@ -208,7 +217,7 @@ def _flow(state: ViewState) -> Table:
 
 def _programs(state: ViewState) -> Table:
     table = Table.grid(padding=(0, 3))
-    colours = {"running": "green", "starting": "yellow", "failed": "red", "ended": "dim"}
+    colours = {"running": "green", "starting": "yellow", "restarting": "yellow", "failed": "red", "ended": "dim"}
     for name, status in state.processes.items():
         progress = state.phases.get(name) if status in ("starting", "running") else None
         table.add_row(name, Text(status, style=colours.get(status, "")), phase_text(progress) if progress else "")

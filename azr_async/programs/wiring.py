@@ -153,6 +153,11 @@ def read_last_words(wires_dir: Path, process: str) -> LastWords | None:
         return None
 
 
+def forget_last_words(wires_dir: Path, process: str) -> None:
+    """Before it is started again: what it said last is not what its successor says."""
+    (wires_dir / f"{process}.failed").unlink(missing_ok=True)
+
+
 def root_causes(error: BaseException) -> list[BaseException]:
     """The errors inside nested groups, the most telling first: a peer that vanished is seldom the cause."""
     leaves = list(_leaves(error))

@@ -72,10 +72,11 @@ async def supply(
     changed: Changed,
     on_dropped: Callable[[list[Rollout]], None],
     stats: Callable[[], Mapping[str, float]],
+    notes: Mapping[str, str],
 ) -> None:
     """Hand the learner the oldest samples of every cell, as soon as they are there.
 
-    Each request is answered with a balanced batch whose every token is within the lag bound.
+    Each request is answered with a balanced batch whose every token is within the lag bound. `notes` go with the first.
 
     consumes   requests, until the learner has closed
     produces   batches, in the order of the requests
@@ -92,4 +93,5 @@ async def supply(
             if rollouts is not None:
                 break
             await changed.wait()
-        await batches.send(RolloutBatch(version=request.version, rollouts=tuple(rollouts), stats=stats()))
+        await batches.send(RolloutBatch(version=request.version, rollouts=tuple(rollouts), stats=stats(), notes=notes))
+        notes = {}

@@ -3,6 +3,7 @@
 import asyncio
 
 from azr_async.algorithm.judging import (
+    INDUCTION_RUNS,
     MALFORMED,
     Judgement,
     judge_abduction,
@@ -49,7 +50,7 @@ async def verify(
                 return judge_abduction(problem, run, relative_tolerance=float_tolerance)
             case "induction":
                 inputs = [pair.input for pair in judged_pairs(problem)]
-                runs = await sandbox.run(answer, inputs)
+                runs = await sandbox.run(answer, inputs, times=INDUCTION_RUNS)
                 return judge_induction(problem, runs, relative_tolerance=float_tolerance)
 
     async with judgements, asyncio.TaskGroup() as workers:

@@ -177,6 +177,18 @@ async def test_sending_to_a_receiver_that_has_left_says_so(link: Link) -> None:
             assert "closed" in await refused_send(sender)
 
 
+async def test_who_waits_for_the_end_of_a_receiver_is_told_as_a_send_would_be(link: Link) -> None:
+    [sender], receiver = link()
+    async with AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
+        await stack.enter_async_context(receiver)
+        async with sender:
+            waiting = tasks.create_task(sender.ended())
+            await sender.send(BatchRequest(version=0))
+            assert not waiting.done()
+            await stack.aclose()
+            assert str(await waiting) == await refused_send(sender)
+
+
 async def refused_send(sender: Sender[BatchRequest]) -> str:
     with pytest.raises(ChannelClosed) as refusal:
         await sender.send(BatchRequest(version=1))

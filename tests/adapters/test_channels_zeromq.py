@@ -240,6 +240,36 @@ async def told_losses(endpoint: str, messages: int) -> list[str]:
     return losses
 
 
+RECEIVING_PROGRAM = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[1])
+from azr_async.adapters.channels import zmq_receiver
+from azr_async.messages import BatchRequest
+async def main():
+    requests = zmq_receiver(sys.argv[2], (BatchRequest,), name="requests", capacity=4, heartbeat_seconds=10.0)
+    async with requests:
+        async for _ in requests:
+            pass
+asyncio.run(main())
+"""
+
+
+async def test_a_killed_receiver_is_named_at_once_not_when_its_silence_is_noticed(tmp_path: Path) -> None:
+    root, endpoint = str(Path(__file__).parents[2]), f"ipc://{tmp_path}/s"
+    doomed = await asyncio.create_subprocess_exec(sys.executable, "-c", RECEIVING_PROGRAM, root, endpoint)
+    async with sender_to(endpoint, beat_seconds=10.0, timeout_seconds=1000.0) as sender:
+        doomed.send_signal(signal.SIGKILL)
+        await doomed.wait()
+        async with asyncio.timeout(5.0):
+            end = await sender.ended()
+        assert isinstance(end, PeerVanished)
+        assert f"selfplay at {endpoint} has died: its connection to learner broke. Look at logs/selfplay.log" in str(
+            end
+        )
+        with pytest.raises(PeerVanished, match="has died"):
+            await sender.send(BatchRequest(version=1))
+
+
 async def test_connecting_to_nobody_ends_at_the_deadline_and_names_who_is_missing(tmp_path: Path) -> None:
     with pytest.raises(PeerVanished, match=rf"selfplay at ipc://{tmp_path}/s .*0\.1 s.*logs/selfplay\.log"):
         async with sender_to(f"ipc://{tmp_path}/s", connect_seconds=0.1):

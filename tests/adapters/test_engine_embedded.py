@@ -251,6 +251,40 @@ def test_keep_samples_with_new_weights_on_the_old_cache() -> None:
     assert np.abs(done.behavior_logp - full_pass_logp(new, done))[~before].max() > 1e-3
 
 
+def test_restart_gives_every_sequence_to_one_version() -> None:
+    new = random_model("qwen2-tied", 1)
+    engine = an_engine(random_model("qwen2-tied", 0), on_new_weights="restart")
+    for job in a_crowd():
+        engine.submit(job)
+    completions = [completion for _ in range(9) for completion in engine.step()]
+    install_all(engine, new, 1)
+    completions += run(engine).values()
+    assert {(done.job_id, done.index) for done in completions} == {
+        (j.job_id, n) for j in a_crowd() for n in range(j.samples)
+    }
+    for done in completions:
+        assert len(set(done.token_version.tolist())) == 1
+        if done.token_version[0] == 1:
+            assert_allclose(done.behavior_logp, full_pass_logp(new, done), atol=1e-4)
+
+
+def test_a_cancelled_job_leaves_and_the_others_stay_as_they_were() -> None:
+    undisturbed = run(an_engine(), *a_crowd())
+    engine = an_engine()
+    for job in a_crowd():
+        engine.submit(job)
+    completions = [completion for _ in range(6) for completion in engine.step()]
+    gone = {completion.job_id for completion in completions}
+    for job_id in (1, 2, 3, 20, 999):
+        engine.cancel(job_id)
+    completions += run(engine).values()
+    after = [completion for completion in completions if completion.job_id not in gone]
+    assert not {completion.job_id for completion in after} & {1, 2, 3, 20}
+    assert {completion.job_id for completion in after} >= set(range(4, 20)) - gone
+    for completion in completions:
+        assert_array_equal(completion.token_ids, undisturbed[completion.job_id, completion.index].token_ids)
+
+
 def test_new_weights_are_what_is_sampled_from_and_scored() -> None:
     new = random_model("llama-untied", 1)
     engine = an_engine(random_model("llama-untied", 0))

@@ -77,6 +77,30 @@ PROGRAMS: dict[Status, list[tuple[str, str]]] = {
         ("from math import floor as f", "1.5"),
         ("class P:\n  pass\ndef g(x): return x\ndef f(x): return g(x)", "1"),
         ("import math\nfrom collections import Counter\ndef f(x): return dict(Counter(x))", "'aab'"),
+        ("def f(\u03c0): return {'\u03c0': '\\N{BULLET}'.encode('utf-16-le')}", "'\u0434'"),
+        ("class A:\n  pass\ndef f(x): return A().__class__.__name__, type(x).__qualname__", "1"),
+        ("class A:\n  def __init__(self): self.os = 1\ndef f(x): return A().__dict__, A().os, vars(A())", "1"),
+        ("class A:\n  def __setattr__(self, k, v): super().__setattr__(k, v)\ndef f(x):\n  A().x = x", "1"),
+        ("class A:\n  pass\ndef f(x):\n  a = A(); a.__dict__['x'] = x; a.__dict__ |= {'y': 2}\n  return a.x, a.y", "1"),
+        ("class A:\n  y = 1\ndef f(x): return A.__dict__['y'], '__dict__' in A.__dict__", "1"),
+        ("def f(x):\n  y = 2\n  return vars()", "1"),
+        ("import collections.abc as c\nfrom collections import abc\ndef f(x): return c is abc", "1"),
+        ("import json\ndef f(x): return json.decoder.JSONDecodeError('m', 'd', 0).msg", "1"),
+        ("from math import *\ndef f(x): return floor(x)", "1.5"),
+        (
+            "from operator import attrgetter, methodcaller\n"
+            "def f(x): return attrgetter('real')(x), methodcaller('bit_count')(x)",
+            "3",
+        ),
+        ("from string import Formatter\ndef f(x): return Formatter().format('{0.real} {a[0]}', x, a=[2])", "1"),
+        ("import typing\nclass A:\n  x: 'int'\ndef f(x): return str(typing.get_type_hints(A))", "1"),
+        (
+            "from __future__ import annotations\nfrom functools import singledispatch\n@singledispatch\n"
+            "def g(x): return 'any'\n@g.register\ndef _(x: int): return 'int'\ndef f(x): return g(x)",
+            "1",
+        ),
+        ("def f(x):\n  match x:\n    case complex(real=r): return r", "1j"),
+        ("def f(x): return x", "-1j"),
         (
             "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass P:\n  x: int\n"
             "def f(x): return P(x).x",
@@ -114,7 +138,9 @@ PROGRAMS: dict[Status, list[tuple[str, str]]] = {
         ("import os\ndef f(x): return x", "1"),
         ("def f(x):\n  import random\n  return x", "1"),
         ("from . import x\ndef f(x): return x", "1"),
-        ("def f(x): return ().__class__", "1"),
+        ("def f(x): return ().__class__.__bases__", "1"),
+        ("def f(x):\n  match f:\n    case object(__globals__=g): return 'escaped'", "1"),
+        ("def f(a): return a", "a=1, a=2"),
         ("def f(x): return __import__('os')", "1"),
         ("#" + "a" * 70_000 + "\ndef f(x): return x", "1"),
         ("def f(x): return " + "-" * 60_000 + "1", "1"),
@@ -163,6 +189,26 @@ async def test_two_runs_disagree_where_a_program_sees_its_process() -> None:
         ):
             outcomes = await pool.run(program, ["'a'", "'b'", "'c'"] if "math" not in program else ["1", "2"], times=2)
             assert {"nondeterministic"} <= {outcome.status for outcome in outcomes}, program
+
+
+async def test_an_error_says_what_it_was_about_in_one_short_line() -> None:
+    async with sandbox() as pool:
+        (outcome,) = await pool.run("def f(x): raise ValueError('a' * x + chr(10) + 'b')", ["9"])
+        (long,) = await pool.run("def f(x): raise ValueError('a' * x)", ["9_999"])
+        (rude,) = await pool.run("class E(Exception):\n  def __str__(self): 1 / 0\ndef f(x): raise E", ["1"])
+    assert outcome.error == "ValueError: aaaaaaaaa"
+    assert 100 < len(long.error) <= 200
+    assert rude.error == "E"
+
+
+async def test_times_can_be_parsed() -> None:
+    program = (
+        "import time, datetime\ndef f(x): return time.strptime(x, '%Y').tm_year, "
+        "datetime.datetime.strptime(x, '%Y').year"
+    )
+    async with SandboxPool(workers=1, allowed_imports=["time", "datetime"]) as pool:
+        (outcome,) = await pool.run(program, ["'1999'"], times=2)
+    assert outcome.text == "(1999, 1999)", outcome
 
 
 async def test_two_runs_agree_where_only_order_differs() -> None:

@@ -1,10 +1,6 @@
 """The optimizer step: equal to a plain loop, alike on any number of ranks, and picky about what it trains on."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,26 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
 
 from azr_async.adapters.trainer import StepReport, Trainer, connect_ranks
-from azr_async.adapters.trainer.policy import TokenPolicy, can_share
 from azr_async.algorithm.credit import task_relative_advantages
 from azr_async.config import Config
 from azr_async.errors import TrainingError
 from azr_async.messages import Rollout, RolloutBatch
 from tests.adapters import trainer_rank
-from tests.random_models import VOCABULARY, random_model
+from tests.adapters.rank_processes import run_ranks
+from tests.random_models import random_model
 from tests.rollout_batches import random_batch
-
-ROOT = Path(__file__).parents[2]
 
 
 def settings(**sections: dict[str, Any]) -> Config:
@@ -160,69 +146,9 @@ def test_sharing_prompts_changes_nothing_but_the_work(kind: str) -> None:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=5e-5)
 
 
-def test_architectures_that_cannot_share_are_found_out() -> None:
-    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = settings()
-    policies = [
-        TokenPolicy(model.eval())
-        for model in (
-            random_model("qwen2-tied"),
-            MistralForCausalLM(MistralConfig(**shape, intermediate_size=64, num_hidden_layers=2, sliding_window=4)),
-            MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4)),
-        )
-    ]
-    assert [can_share(policy, connect_ranks(config).device) for policy in policies] == [True, False, False]
-
-
-def test_a_model_that_changes_its_logits_after_the_head_is_refused() -> None:
-    config = settings()
-    shape = Gemma2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        final_logit_softcapping=0.1,
-        initializer_range=0.5,
-    )
-    model = Gemma2ForCausalLM(shape)
-    with pytest.raises(TrainingError, match="Gemma2ForCausalLM changes its logits"):
-        Trainer(model, config, connect_ranks(config))
-
-
-def run_ranks(folder: Path, count: int) -> list[list[list[dict[str, float]]]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(ROOT),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.adapters.trainer_rank", str(folder)],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(count)
-    ]
-    complaints = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(complaints)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
-
-
 def test_two_ranks_do_what_one_does_and_name_the_loss_of_one(tmp_path: Path) -> None:
-    first, second = run_ranks(tmp_path, 2)
+    run_ranks("tests.adapters.trainer_rank", tmp_path, 2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     for index, measured in enumerate(first):
         expected, expected_weights = trainer_rank.trained(index, connect_ranks(Config()))

@@ -4,8 +4,10 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -18,7 +20,19 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from azr_async.adapters.weights import WeightGroup, connect_store, host_store
-from azr_async.adapters.weights.buckets import MAGIC, Bucket, checked_header, packed, unpacked
+from azr_async.adapters.weights.buckets import (
+    HEAD_BYTES,
+    LARGE_BYTES,
+    LARGEST_BUCKET_BYTES,
+    MAGIC,
+    bucketed,
+    packed_head,
+    parsed_head,
+    parts,
+    payload,
+    unpacked,
+)
+from azr_async.adapters.weights.memory import BufferMemory
 from azr_async.errors import ConfigError, WeightsError
 
 CPU = torch.device("cpu")
@@ -37,7 +51,17 @@ def some_weights(seed: int) -> dict[str, Tensor]:
         "mask": torch.tensor([True, False, True]),
         "steps": torch.arange(3) + seed,
         "transposed": torch.randn(4, 6, generator=generator).T,
+        "large": torch.randn(515, 512, generator=generator),
+        "large, transposed": torch.randn(512, 520, generator=generator).T,
+        "large, not in whole words": torch.randn(1000, 1001, generator=generator).bfloat16()[1:, 1:3],
+        "larger than a piece": torch.randn(2**21 + 4, generator=generator),
+        "last": torch.randn(3, generator=generator),
     }
+
+
+def summed(tensors: Mapping[str, Tensor]) -> dict[str, tuple[object, ...]]:
+    """Enough of each tensor to tell it from others."""
+    return {name: (t.dtype, t.shape, t.double().sum().item(), t.flatten()[:5].tolist()) for name, t in tensors.items()}
 
 
 def a_group(store: TCPStore, rank: int, world_size: int, deadline_seconds: float = 20.0, group: int = 1) -> WeightGroup:
@@ -54,21 +78,46 @@ def receiver(pipe: Connection, port: int, rank: int, world_size: int, pushes: in
         for _ in range(pushes):
             got: dict[str, Tensor] = {}
             version, digest = group.receive(got.update)
-            pipe.send((version, digest, {name: tensor.float().tolist() for name, tensor in got.items()}))
+            pipe.send((version, digest, summed(got)))
         group.close()
     except WeightsError as problem:
         pipe.send(str(problem))
 
 
-def damaging_receiver(pipe: Connection, port: int) -> None:
-    """Its memory loses what it has received."""
+def damaging_receiver(pipe: Connection, port: int, damage: Callable[[int, Tensor], None]) -> None:
+    """What arrives is other than what was sent: `damage` changes broadcasts, by their number."""
+    group = a_group(connect_store("127.0.0.1", port, 20.0), 1, 2)
+    end_oldest, numbers = group._broadcasts.end_oldest, count()
 
-    def lose(tensors: Iterable[tuple[str, Tensor]]) -> None:
-        for _, tensor in tensors:
-            tensor.zero_()
+    def damaged() -> Tensor:
+        bytes_N = end_oldest()
+        damage(next(numbers), bytes_N)
+        return bytes_N
 
-    a_group(connect_store("127.0.0.1", port, 20.0), 1, 2).receive(lose)
+    group._broadcasts.end_oldest = damaged  # type: ignore[method-assign]
+    group.receive(list)
     pipe.send("done")
+
+
+def flip_a_bit(number: int, bytes_N: Tensor) -> None:
+    if number == 2:
+        bytes_N[len(bytes_N) // 2] ^= 16
+
+
+def exchange_words(number: int, bytes_N: Tensor) -> None:
+    if number == 1:
+        words_W = bytes_N.view(torch.int64)
+        words_W[[5, 700]] = words_W[[700, 5]]
+
+
+def lose_a_piece(number: int, bytes_N: Tensor) -> None:
+    if number == 2:
+        bytes_N.zero_()
+
+
+def other_name(number: int, bytes_N: Tensor) -> None:
+    if number == 0:
+        bytes_N[bytes_N == ord("m")] = ord("n")
 
 
 def dying_receiver(pipe: Connection, port: int, rank: int, world_size: int, how: int, deadline_seconds: float) -> None:
@@ -123,19 +172,20 @@ def test_all_ranks_get_what_was_sent_under_the_senders_digest() -> None:
         for version in (7, 8):
             weights = some_weights(version)
             digests.append(group.send(weights.items(), version=version, bucket_bytes=BUCKET_BYTES))
-            expected = {name: tensor.float().tolist() for name, tensor in weights.items()}
+            expected = summed(weights)
             assert answer(first) == (version, digests[-1], expected)
             assert answer(second) == (version, digests[-1], expected)
         assert digests[0] != digests[1]
         group.close()
 
 
-def test_other_bytes_than_were_sent_are_found_and_the_rank_is_named() -> None:
+@pytest.mark.parametrize("damage", [flip_a_bit, exchange_words, lose_a_piece, other_name])
+def test_other_bytes_than_were_sent_are_found_and_the_rank_is_named(damage: Callable[[int, Tensor], None]) -> None:
     store = host_store("127.0.0.1", 0)
-    with process(damaging_receiver, store.port):
+    with process(damaging_receiver, store.port, damage):
         group = a_group(store, 0, 2)
-        with pytest.raises(WeightsError, match=r"but rank 1 of weight group 1 received [0-9a-f]{16}: .* damaged"):
-            group.send(some_weights(1).items(), version=1, bucket_bytes=BUCKET_BYTES)
+        with pytest.raises(WeightsError, match=r"but rank 1 of weight group 1 received [0-9a-f]{32}: .* damaged"):
+            group.send(some_weights(1).items(), version=1, bucket_bytes=2**30)
         group.close()
 
 
@@ -229,54 +279,128 @@ def test_a_store_that_is_not_there_is_an_error_with_its_address() -> None:
         connect_store("127.0.0.1", port, 0.2)
 
 
+def sent_and_unpacked(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> list[list[tuple[str, Tensor]]]:
+    """By bucket, as it goes over the wire: the head, the payload, back."""
+    memory, buckets = BufferMemory(CPU), []
+    for bucket in bucketed(tensors, version=3, bucket_bytes=bucket_bytes):
+        head = parsed_head(packed_head(bucket))
+        sent = list(payload(bucket, memory))
+        bytes_N = torch.cat([torch.empty(0, dtype=torch.uint8), *sent])
+        assert head == bucket.head
+        assert len(bytes_N) == head.total_bytes
+        assert list(map(len, parts(head, bytes_N))) == list(map(len, sent))
+        assert all(len(part_N) % 8 == 0 for part_N in sent)
+        buckets.append(list(unpacked(head, bytes_N)))
+    return buckets
+
+
 shapes = some.lists(some.integers(0, 9), max_size=3).map(tuple)
+large_shapes = some.sampled_from([(LARGE_BYTES // 4,), (LARGE_BYTES // 4 + 1,), (512, 1024), (0, LARGE_BYTES)])
 
 
-@given(sizes=some.lists(shapes, max_size=12), bucket_bytes=some.integers(1, 2000), seed=some.integers(0, 99))
+@given(
+    sizes=some.lists(shapes, max_size=12),
+    larger=some.lists(large_shapes, max_size=2),
+    bucket_bytes=some.integers(1, 2000),
+    seed=some.integers(0, 99),
+)
 def test_packing_and_unpacking_gives_everything_back(
-    sizes: list[tuple[int, ...]], bucket_bytes: int, seed: int
+    sizes: list[tuple[int, ...]], larger: list[tuple[int, ...]], bucket_bytes: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    tensors = {f"name {n}": torch.randn(shape) for n, shape in enumerate(sizes)}
-    buckets = list(packed(tensors.items(), bucket_bytes=bucket_bytes, device=CPU))
-    back = dict(pair for bucket in buckets for pair in unpacked(bucket))
+    tensors = {f"name {n}": torch.randn(shape) for n, shape in enumerate([*larger, *sizes])}
+    buckets = sent_and_unpacked(tensors.items(), bucket_bytes)
+    back = dict(pair for bucket in buckets for pair in bucket)
     assert list(back) == list(tensors)
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+def test_large_tensors_are_sent_from_where_they_are() -> None:
+    tensors = [("small", torch.randn(3)), ("large", torch.randn(LARGE_BYTES)), ("also small", torch.randn(3))]
+    (bucket,) = bucketed(tensors, version=1, bucket_bytes=LARGE_BYTES * 5)
+    packed, large = payload(bucket, BufferMemory(CPU))
+    assert len(packed) == 32
+    assert large.data_ptr() == tensors[1][1].data_ptr()
+
+
+def test_only_two_buckets_of_a_stream_are_held_at_a_time() -> None:
+    made: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def streamed() -> Iterator[tuple[str, Tensor]]:
+        nonlocal most
+        for n in range(12):
+            tensor = torch.full((LARGE_BYTES // 4,), float(n))
+            made.append(weakref.ref(tensor))
+            most = max(most, sum(reference() is not None for reference in made))
+            yield f"layer {n}", tensor
+
+    store = host_store("127.0.0.1", 0)
+    with process(receiver, store.port, 1, 2, 1, 20.0) as only:
+        group = a_group(store, 0, 2)
+        group.send(streamed(), version=1, bucket_bytes=2 * LARGE_BYTES)
+        answer(only)
+        group.close()
+    assert most <= 2 * 2 + 1
+
+
+def test_memory_is_lent_again_only_when_no_view_of_it_is_left() -> None:
+    memory = BufferMemory(CPU)
+    first = memory.take(2**21)
+    kept, place = first[10:20].view(5, 2), first.data_ptr()
+    kept.fill_(7)
+    del first
+    others = [memory.take(2**21) for _ in range(5)]
+    assert place not in [other.data_ptr() for other in others]
+    assert kept.tolist() == [[7, 7]] * 5
+    del kept
+    assert memory.take(2**21 - 100).data_ptr() == place
 
 
 def test_tied_parameters_are_sent_once() -> None:
     shared = torch.randn(8, 4)
     tensors = [("embedding", shared), ("head", shared), ("copy", shared.clone())]
-    (bucket,) = packed(tensors, bucket_bytes=10_000, device=CPU)
-    assert [name for name, _ in unpacked(bucket)] == ["embedding", "copy"]
+    (bucket,) = sent_and_unpacked(tensors, 10_000)
+    assert [name for name, _ in bucket] == ["embedding", "copy"]
 
 
 def test_streamed_tensors_that_reuse_memory_are_all_sent() -> None:
     streamed = ((f"layer {n}", torch.full((1000,), float(n))) for n in range(50))
-    buckets = packed(streamed, bucket_bytes=1, device=CPU)
-    assert [float(tensor[0]) for bucket in buckets for _, tensor in unpacked(bucket)] == list(range(50))
+    buckets = sent_and_unpacked(streamed, 1)
+    assert [float(tensor[0]) for bucket in buckets for _, tensor in bucket] == list(range(50))
+
+
+def test_a_bucket_holds_no_more_tensors_than_its_head_can_name() -> None:
+    tensors = {"n" * 100 + str(n): torch.full((1,), float(n)) for n in range(1000)}
+    buckets = sent_and_unpacked(tensors.items(), 10**9)
+    assert len(buckets) > 1
+    assert [float(tensor) for bucket in buckets for _, tensor in bucket] == list(range(1000))
 
 
 def test_a_name_that_comes_twice_is_refused() -> None:
     tensors = [("a", torch.ones(1)), ("a", torch.zeros(1))]
     with pytest.raises(WeightsError, match="twice"):
-        list(packed(tensors, bucket_bytes=100, device=CPU))
+        list(bucketed(tensors, version=1, bucket_bytes=100))
 
 
-@given(data=some.data(), noise=some.binary(min_size=1, max_size=40))
-def test_a_damaged_buffer_is_refused_or_read_but_never_crashes(data: some.DataObject, noise: bytes) -> None:
-    (bucket,) = packed(some_weights(0).items(), bucket_bytes=100_000, device=CPU)
-    place = data.draw(some.integers(0, bucket.manifest_bytes))
-    bytes_N = bucket.bytes_N.clone()
-    bytes_N[place : place + len(noise)] = torch.frombuffer(bytearray(noise), dtype=torch.uint8)
+def test_a_name_that_does_not_fit_into_a_head_is_refused() -> None:
+    (bucket,) = bucketed([("n" * HEAD_BYTES, torch.ones(1))], version=1, bucket_bytes=100)
+    with pytest.raises(WeightsError, match="too long"):
+        packed_head(bucket)
+
+
+@given(place=some.integers(0, 500), noise=some.binary(min_size=1, max_size=40))
+def test_a_damaged_head_is_refused_or_read_but_never_crashes(place: int, noise: bytes) -> None:
+    (bucket,) = bucketed(some_weights(0).items(), version=1, bucket_bytes=2**30)
+    head_N = packed_head(bucket)
+    head_N[place : place + len(noise)] = torch.frombuffer(bytearray(noise), dtype=torch.uint8)
     with suppress(WeightsError):
-        list(unpacked(Bucket(bytes_N, bucket.manifest_bytes)))
+        assert 0 <= parsed_head(head_N).total_bytes <= LARGEST_BUCKET_BYTES
 
 
-@given(header=some.lists(some.integers(-(2**63), 2**63 - 1), min_size=4, max_size=4), begins_well=some.booleans())
-def test_a_header_is_refused_before_its_bytes_are_allocated(header: list[int], begins_well: bool) -> None:
-    with suppress(WeightsError):
-        version, manifest_bytes, total_bytes = checked_header([MAGIC, *header[1:]] if begins_well else header)
-        assert version >= 0
-        assert 0 <= manifest_bytes <= 2**24
-        assert manifest_bytes <= total_bytes <= 2**36
+@given(integers=some.lists(some.integers(-(2**63), 2**63 - 1), min_size=4, max_size=4), begins_well=some.booleans())
+def test_a_head_of_noise_is_refused(integers: list[int], begins_well: bool) -> None:
+    head_N = torch.zeros(HEAD_BYTES, dtype=torch.uint8)
+    head_N[:32] = torch.tensor([MAGIC, *integers[1:]] if begins_well else integers).view(torch.uint8)
+    with pytest.raises(WeightsError, match="malformed"):
+        parsed_head(head_N)

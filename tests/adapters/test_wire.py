@@ -17,6 +17,7 @@ from azr_async.messages import (
     ROLES,
     TASKS,
     BatchRequest,
+    CancelJob,
     Completion,
     EvaluationRequest,
     EvaluationResult,
@@ -98,6 +99,7 @@ MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
         top_p=numbers,
         max_tokens=counts,
         seed=counts,
+        indices=tuples(counts),
     ),
     GenerationResults: st.builds(
         GenerationResults,
@@ -106,7 +108,8 @@ MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
         busy_seconds=numbers,
         generated_tokens=counts,
     ),
-    WorkerReady: st.builds(WorkerReady, worker=texts, endpoint=texts, slots=counts, ranks=counts),
+    CancelJob: st.builds(CancelJob, job_id=counts),
+    WorkerReady: st.builds(WorkerReady, worker=texts, endpoint=texts, slots=counts, ranks=counts, incarnation=counts),
     BatchRequest: st.builds(BatchRequest, version=counts),
     RolloutBatch: st.builds(
         RolloutBatch,
@@ -114,7 +117,7 @@ MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
         rollouts=tuples(rollouts()),
         stats=st.dictionaries(texts, numbers, max_size=3),
     ),
-    WeightsReady: st.builds(WeightsReady, version=counts),
+    WeightsReady: st.builds(WeightsReady, version=counts, workers=st.dictionaries(texts, counts, max_size=3)),
     EvaluationRequest: st.builds(EvaluationRequest, version=counts),
     EvaluationResult: st.builds(
         EvaluationResult, version=counts, tasks=tuples(st.sampled_from(TASKS)), solved=tuples(st.booleans())
@@ -222,20 +225,26 @@ def decoded_or_refused(data: bytes) -> type[object]:
     [
         ([], "map of one entry"),
         ({}, "map of one entry"),
-        ({"WeightsReady": {"version": 1}, "BatchRequest": {"version": 1}}, "map of one entry"),
+        ({"WeightsReady": {"version": 1, "workers": {}}, "BatchRequest": {"version": 1}}, "map of one entry"),
         ({"os.system": {}}, "'os.system' is not a kind of message"),
         ({"WeightsReady": [1]}, "WeightsReady: expected a map of fields, got tuple"),
         ({"WeightsReady": {}}, "WeightsReady: missing or unknown fields: version"),
-        ({"WeightsReady": {"version": 1, "extra": 1}}, "WeightsReady: missing or unknown fields: extra"),
-        ({"WeightsReady": {"version": "1"}}, "WeightsReady.version: Input should be a valid integer"),
-        ({"WeightsReady": {"version": 1.0}}, "WeightsReady.version: Input should be a valid integer"),
-        ({"WeightsReady": {"version": True}}, "WeightsReady.version: Input should be a valid integer"),
+        ({"WeightsReady": {"version": 1, "extra": 1, "workers": {}}}, "WeightsReady: missing or unknown fields: extra"),
+        ({"WeightsReady": {"version": "1", "workers": {}}}, "WeightsReady.version: Input should be a valid integer"),
+        ({"WeightsReady": {"version": 1.0, "workers": {}}}, "WeightsReady.version: Input should be a valid integer"),
+        ({"WeightsReady": {"version": True, "workers": {}}}, "WeightsReady.version: Input should be a valid integer"),
         (
-            {"WorkerReady": {"worker": b"w", "endpoint": "", "slots": 1, "ranks": 1}},
+            {"WorkerReady": {"worker": b"w", "endpoint": "", "slots": 1, "ranks": 1, "incarnation": 1}},
             "WorkerReady.worker: Input should be",
         ),
-        ({"RolloutBatch": {"version": 1, "rollouts": [{}], "stats": {}}}, "Rollout: missing or unknown fields"),
-        ({"RolloutBatch": {"version": 1, "rollouts": [], "stats": {"a": "1"}}}, "RolloutBatch.stats: Input should be"),
+        (
+            {"RolloutBatch": {"version": 1, "rollouts": [{}], "stats": {}, "notes": {}}},
+            "Rollout: missing or unknown fields",
+        ),
+        (
+            {"RolloutBatch": {"version": 1, "rollouts": [], "stats": {"a": "1"}, "notes": {}}},
+            "RolloutBatch.stats: Input should be",
+        ),
         (
             {"EvaluationResult": {"version": 1, "tasks": ["guess"], "solved": [True], "valid": {}}},
             "EvaluationResult.tasks: Input",

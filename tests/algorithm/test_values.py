@@ -175,6 +175,11 @@ def test_order_and_identity_do_not_matter(first: object, second: object) -> None
     assert encode(first) == encode(second)
 
 
+def test_a_literal_of_a_negative_imaginary_number_means_it() -> None:
+    assert literal(complex(0.0, -1.0)) == "(0-1j)"
+    assert encode(0 - 1j) == encode(complex(0.0, -1.0))
+
+
 def test_a_literal_keeps_the_order_of_a_dict() -> None:
     assert literal({"b": 1, "a": 2}) == "{'b': 1, 'a': 2}"
 
@@ -238,6 +243,9 @@ class Text(str):
         {(1, math.nan)},
         complex(0.0, -0.0),
         complex(math.inf, 1),
+        "\ud83d\ude00",
+        ["a\ud800"],
+        {"\udfff": 1},
     ],
 )
 def test_what_nobody_could_write_as_an_answer_is_refused(value: object) -> None:
@@ -306,7 +314,43 @@ def test_malformed_or_unbounded_encodings_are_refused(text: str) -> None:
         read(text)
 
 
-@pytest.mark.parametrize("text", ['{"s":[1,1]}', '{"s":[1,true]}', '{"d":[[1,2],[1.0,3]]}'])
+TWICE = [
+    '{"s":[1,1]}',
+    '{"z":["a","a"]}',
+    '{"s":[1,true]}',
+    '{"s":[0,-0.0]}',
+    '{"s":[1,{"c":[1.0,0.0]}]}',
+    '{"s":[null,null]}',
+    '{"s":[{"b":"00"},{"b":"00"}]}',
+    '{"s":[{"t":[1,2]},{"t":[1.0,2]}]}',
+    '{"s":[{"z":[1,2]},{"z":[2,true]}]}',
+    '{"d":[[1,2],[1.0,3]]}',
+    '{"d":[["a",2],["b",2],["a",3]]}',
+]
+
+
+@pytest.mark.parametrize("text", TWICE)
 def test_a_member_cannot_be_there_twice(text: str) -> None:
-    with pytest.raises(ValueError, match="twice"):
-        decode(text)
+    for take in (decode, read):
+        with pytest.raises(ValueError, match="twice"):
+            take(text)
+
+
+@given(st.lists(hashables, max_size=6))
+def test_members_are_the_same_exactly_if_python_says_so(members: list[object]) -> None:
+    text = f'{{"s":[{",".join(map(encode, members))}]}}'
+    if len(set(members)) == len(members):
+        assert read(text).canonical == encode(set(members))
+    else:
+        with pytest.raises(ValueError, match="twice"):
+            read(text)
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', '["\\udc00a"]', '{"s":["\\ud83d"]}', '{"d":[["\\ud83d",1]]}'])
+def test_half_a_surrogate_pair_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="surrogate"):
+        read(text)
+
+
+def test_a_whole_surrogate_pair_is_one_character() -> None:
+    assert read('"\\ud83d\\ude00"') == ('"\\ud83d\\ude00"', "'\U0001f600'")

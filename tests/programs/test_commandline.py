@@ -297,7 +297,6 @@ LONG = "x" * 300
         (["--evaluation.suite", LONG], "there is no file"),
         (["--library.seed-file", LONG], "there is no file"),
         (["--telemetry.trackers", "trackio"], "pip install trackio"),
-        (["--inference-gpus", "1", "--train-gpus", "1", "--placement", "shared"], "not possible with the embedded"),
     ],
 )
 def test_a_mistake_is_told_in_words_and_with_status_2(

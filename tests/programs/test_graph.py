@@ -114,6 +114,7 @@ async def running(
                 dialogue=make_dialogue("compact"),
                 journal=journal,
                 library=Library(capacity=1000, seed=1),
+                notes={"sandbox.layers.seccomp": "verified"},
                 suite=suite,
                 usage=lambda: {"busy.inference": 0.0, "busy.sandbox": sandbox.busy_seconds, "tokens.generated": 0.0},
                 gauges=lambda: {"sandbox.forks": 1.0},
@@ -276,3 +277,9 @@ async def test_a_policy_that_proposes_nothing_valid_still_trains(tmp_path: Path)
     assert ("solve", "induction") not in sizes  # there is nothing to solve: the cell is excused
     assert len(sizes) == 5
     assert {rollout.reward for rollout in batch.rollouts if rollout.role == "propose"} == {-1.0}
+
+
+async def test_what_is_told_in_words_goes_with_the_first_batch_only(tmp_path: Path) -> None:
+    async with running(tmp_path) as (learner, _):
+        notes = [dict((await learner.batch()).notes), dict((await learner.batch()).notes)]
+    assert notes == [{"sandbox.layers.seccomp": "verified"}, {}]

@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from azr_async.config import SandboxConfig
 from azr_async.programs.judge import main
 
 Row = dict[str, Any]
@@ -54,6 +57,36 @@ def test_right_answers_and_no_others_are_correct(tmp_path: Path) -> None:
     assert [(answer, row["correct"]) for (_, answer, _), row in zip(QUESTIONS, rows, strict=True)] == [
         (answer, correct) for _, answer, correct in QUESTIONS
     ]
+
+
+def test_answers_are_run_as_self_play_runs_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = ["import random\ndef f(x): return x + 1", "def f(x): return [x + 1, bytearray(300 << 20)][0]"]
+    rows = judge(tmp_path, [json.dumps({**INDUCTION, "answer": answer}) for answer in answers])
+    assert [row["correct"] for row in rows] == [False, True]
+    assert "import of random" in rows[0]["reason"]
+    assert main(["--help"]) == 0
+    text = "".join(capsys.readouterr().out.split())
+    assert ",".join(SandboxConfig().allowed_imports) in text
+
+
+def test_a_program_that_counts_its_calls_is_not_correct(tmp_path: Path) -> None:
+    counter = "import math\nmath.c = getattr(math, 'c', 0) + 1\ndef f(x): return math.c"
+    rows = judge(tmp_path, [json.dumps({"task": "induction", "pairs": [["1", "1"], ["2", "2"]], "answer": counter})])
+    assert rows[0]["correct"] is False
+    assert "nondeterministic" in rows[0]["reason"]
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "inf", "-1", "1", "a"])
+def test_a_tolerance_is_a_share(tolerance: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--relative-tolerance", tolerance]) == 2
+    assert "from 0 to less than 1" in capsys.readouterr().err
+
+
+def test_the_file_of_questions_is_never_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({**ABDUCTION, "answer": "3"}))
+    assert main([str(source), "--output", str(source), "--workers", "1"]) == 2
+    assert json.loads(source.read_text())["answer"] == "3"
 
 
 def test_a_bad_line_is_not_correct_and_says_why(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from azr_async.config import Config, WiresConfig
 from azr_async.programs.folders import WIRES_PREFIX, claimed_run_dir, private_wires_dir
 from azr_async.programs.launcher import program_specs
+from azr_async.programs.supervision import back_off
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,6 +59,7 @@ with claimed_run_dir(run_dir, config, None), private_wires_dir() as wires_dir:
             log_path=run_dir / "logs" / f"{path.stem}.log",
             ends_the_run=path.stem.startswith("learner"),
             is_told_to_stop=not path.stem.startswith("inference"),
+            max_restarts=config.run.max_restarts if path.stem.startswith("inference") else 0,
         )
         for path in sorted((run_dir.parent / "programs").glob("*.py"))
     ]
@@ -81,13 +83,15 @@ IGNORES_SIGTERM = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nawait asyncio.
 class Run:
     """A launcher process over programs with the given bodies."""
 
-    def __init__(self, folder: Path, bodies: dict[str, str], **wires: float) -> None:
+    def __init__(self, folder: Path, bodies: dict[str, str], max_restarts: int, **wires: float) -> None:
         self.run_dir = folder / "run"
         (folder / "programs").mkdir()
         for name, body in bodies.items():
             text = PROGRAM.replace("{body}", textwrap.indent(body.strip(), "    "))
             (folder / "programs" / f"{name}.py").write_text(text)
-        settings = json.dumps({"wires": {"start_seconds": 30.0, "stop_seconds": 20.0, **wires}})
+        settings = json.dumps(
+            {"run": {"max_restarts": max_restarts}, "wires": {"start_seconds": 30.0, "stop_seconds": 20.0, **wires}}
+        )
         self.names = list(bodies)
         self.process = subprocess.Popen(
             [sys.executable, "-c", LAUNCHER, str(self.run_dir), settings],
@@ -118,8 +122,8 @@ class Run:
 def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
 
-    def start_run(bodies: dict[str, str], **wires: float) -> Run:
-        runs.append(Run(tmp_path, bodies, **wires))
+    def start_run(bodies: dict[str, str], max_restarts: int = 0, **wires: float) -> Run:
+        runs.append(Run(tmp_path, bodies, max_restarts, **wires))
         return runs[-1]
 
     yield start_run
@@ -189,6 +193,102 @@ def test_a_program_that_ends_in_the_middle_of_the_run_is_missed(start: Callable[
     assert status == 1
     assert "selfplay ended while still needed" in err
     assert_nothing_is_left(run)
+
+
+LEARN_ONCE_IT_WAS_STARTED_AGAIN = (
+    """
+while not (run_dir / "inference-0.again").exists():
+    await asyncio.sleep(0.02)
+"""
+    + LEARN
+)
+FAIL_AT_FIRST = (
+    """
+if not (run_dir / "inference-0.began").exists():
+    (run_dir / "inference-0.began").touch()
+    {failure}
+(run_dir / "inference-0.again").touch()
+"""
+    + UNTIL_LEARNER_ENDED
+)
+SHOW_THAT_IT_WORKS = LEARN.replace('(run_dir / "learner-0.ended").touch()', "")
+UNTIL_IT_WORKS = """
+    while not (run_dir / "metrics.jsonl").exists():
+        await asyncio.sleep(0.02)
+    await asyncio.sleep(0.6)
+    raise EngineError('out of oil. Pour.')
+"""
+
+
+def test_a_worker_that_is_killed_is_started_again_and_the_run_tells_of_it(start: Callable[..., Run]) -> None:
+    failure = "os.kill(os.getpid(), signal.SIGKILL)"
+    bodies = {
+        "inference-0": FAIL_AT_FIRST.replace("{failure}", failure),
+        "learner-0": LEARN_ONCE_IT_WAS_STARTED_AGAIN,
+        "selfplay": UNTIL_LEARNER_ENDED,
+    }
+    run = start(bodies, max_restarts=3)
+    status, out, err = run.end()
+    assert (status, err) == (0, "")
+    assert "inference-0 was killed by SIGKILL." in out
+    assert "It starts again in 1 s (1 of 3 times)." in out
+    assert "restarts inference-0 1 time" in out
+    assert_nothing_is_left(run)
+
+
+def test_a_worker_that_fails_while_the_run_goes_on_is_started_again(start: Callable[..., Run]) -> None:
+    bodies = {
+        "inference-0": FAIL_AT_FIRST.replace("{failure}", UNTIL_IT_WORKS.strip()),
+        "learner-0": SHOW_THAT_IT_WORKS + LEARN_ONCE_IT_WAS_STARTED_AGAIN,
+        "selfplay": UNTIL_LEARNER_ENDED,
+    }
+    run = start(bodies, max_restarts=3)
+    status, out, err = run.end()
+    assert (status, err) == (0, "")
+    assert "inference-0 failed: out of oil. Pour. It starts again in 1 s (1 of 3 times)." in out
+    log = (run.run_dir / "logs" / "inference-0.log").read_text()
+    assert "out of oil" in log
+
+
+def test_a_worker_that_fails_before_anything_was_trained_ends_the_run(start: Callable[..., Run]) -> None:
+    body = "raise EngineError('the engine has no oil. Pour some in.')"
+    run = start({"inference-0": body, "learner-0": FOREVER, "selfplay": UNTIL_TOLD}, max_restarts=3)
+    status, _, err = run.end()
+    assert status == 1
+    assert err.startswith("inference-0 failed: the engine has no oil. Pour some in.\nIts log")
+    assert_nothing_is_left(run)
+
+
+def test_a_worker_that_is_lost_too_often_ends_the_run_by_name(start: Callable[..., Run]) -> None:
+    bodies = {
+        "inference-0": "os.kill(os.getpid(), signal.SIGKILL)",
+        "learner-0": UNTIL_TOLD,
+        "selfplay": UNTIL_TOLD,
+    }
+    run = start(bodies, max_restarts=1)
+    status, _, err = run.end()
+    assert status == 1
+    assert "inference-0 was killed by SIGKILL" in err
+    assert "It had been started again 1 time before." in err
+    assert_nothing_is_left(run)
+
+
+def test_a_run_that_is_stopped_does_not_wait_for_a_worker_that_rests(start: Callable[..., Run]) -> None:
+    bodies = {
+        "inference-0": "os.kill(os.getpid(), signal.SIGKILL)",
+        "learner-0": UNTIL_TOLD + LEARN,
+        "selfplay": UNTIL_LEARNER_ENDED,
+    }
+    run = start(bodies, max_restarts=9)
+    run.wait_until_working()
+    run.process.send_signal(signal.SIGINT)
+    status, _, err = run.end()
+    assert (status, err) == (130, "")
+    assert_nothing_is_left(run)
+
+
+def test_the_rest_before_a_restart_grows_up_to_a_minute() -> None:
+    assert [back_off(losses) for losses in (1, 2, 3, 7, 100)] == [1.0, 2.0, 4.0, 60.0, 60.0]
 
 
 def test_ctrl_c_lets_the_step_finish_and_exits_130(start: Callable[..., Run]) -> None:
@@ -313,6 +413,7 @@ def test_every_process_carries_the_run_directory_in_its_command_line(tmp_path: P
     )
     assert [spec.name for spec in specs] == ["inference-0", "selfplay", "learner-0"]
     assert all(str(tmp_path) in spec.argv for spec in specs)
+    assert [spec.max_restarts for spec in specs] == [3, 0, 0]
 
 
 def assert_nothing_is_left(run: Run) -> None:

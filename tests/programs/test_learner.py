@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,9 +60,14 @@ class Peers:
     tamper: Callable[[WeightsInstalled], WeightsInstalled] = lambda answer: answer
     is_worker_silent: bool = False
     on_request: Callable[[str, int], None] = lambda kind, version: None
+    on_weights: Callable[[WeightsReady], None] = lambda ready: None
     unanswered_evaluation: int | None = None
     """Version whose evaluation is never answered."""
     first_batch_after_seconds: float = 0.0
+    withheld_batch: int | None = None
+    """Version whose batch is not sent before its weights are announced for the second time."""
+    named: list[Mapping[str, int]] = field(default_factory=list)
+    """The workers of each WeightsReady."""
     heard: list[tuple[str, int]] = field(default_factory=list)
     model: Any = field(default_factory=lambda: random_model("qwen2-tied", seed=77))
     installed: int = -1
@@ -85,8 +90,13 @@ class Peers:
                     case BatchRequest(version=version):
                         if version == 0:
                             await asyncio.sleep(self.first_batch_after_seconds)
-                        batch = random_batch(version, lag=1)
-                        await replies.send(RolloutBatch(version=version, rollouts=batch.rollouts, stats=STATS))
+                        if version != self.withheld_batch:
+                            await replies.send(self.batch(version))
+                    case WeightsReady(version=version):
+                        self.named.append(request.workers)
+                        self.on_weights(request)
+                        if version == self.withheld_batch and self.heard.count(("WeightsReady", version)) == 2:
+                            await replies.send(self.batch(version))
                     case EvaluationRequest(version=version) if version != self.unanswered_evaluation:
                         solved = (True, version > 0, False, True)
                         await replies.send(
@@ -125,6 +135,9 @@ class Peers:
                         )
                         if not self.is_worker_silent:
                             await learner.send(self.tamper(answer))
+
+    def batch(self, version: int) -> RolloutBatch:
+        return RolloutBatch(version=version, rollouts=random_batch(version, lag=1).rollouts, stats=STATS)
 
     def note(self, kind: str, version: int) -> None:
         self.heard.append((kind, version))
@@ -248,7 +261,7 @@ async def test_a_metrics_line_has_every_promised_key(tmp_path: Path) -> None:
     assert line["tokens"]["generated"] == 1000
     assert line["tokens"]["dropped"] == 3
     assert line["tokens"]["trained"] > 0
-    assert line["samples"] == {"trained": 24, "dropped": 1, "computed": 24}
+    assert line["samples"] == {"trained": 24, "dropped": 1, "computed": 24, "spanning": 0}
     assert line["busy"]["inference"] == 0.6
     assert 0 < line["busy"]["learner"] <= 1
     assert set(line["reward"]) == {f"{role}_{task}" for role in ("propose", "solve") for task in set(TASKS)}
@@ -393,13 +406,15 @@ async def test_a_worker_that_computes_something_else_stops_the_run_by_name(tmp_p
     assert "canary_tolerance = 0.0001" in messages[0]
 
 
-async def test_a_worker_that_does_not_answer_is_named(tmp_path: Path) -> None:
-    config = a_config(tmp_path, weights={"deadline_seconds": 1.0})
+async def test_a_worker_that_does_not_answer_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = a_config(tmp_path, weights={"deadline_seconds": 1.0}, wires={"start_seconds": 5.0})
     (tmp_path / "wires").mkdir()
     async with failing_with(PeerVanished) as messages:
         await run_learner(tmp_path, config, Peers(config, tmp_path / "wires", is_worker_silent=True))
-    assert "no WeightsInstalled from inference-0 within 1 s" in messages[0]
-    assert "weights.deadline_seconds" in messages[0]
+    assert any("every inference worker was lost, and none came back within 5 s" in message for message in messages)
+    warnings = " ".join(record.getMessage() for record in caplog.records)
+    assert "inference worker inference-0 was lost" in warnings
+    assert "no WeightsInstalled came within weights.deadline_seconds = 1 s" in warnings
 
 
 async def test_a_worker_that_never_starts_is_named(tmp_path: Path) -> None:

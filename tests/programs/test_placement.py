@@ -10,10 +10,12 @@ from azr_async.config import Config
 from azr_async.errors import ConfigError
 from azr_async.programs.placement import check_engines, check_gpus, command, environment, gpus_needed, place
 
+RUN_DIR = Path("/runs/one")
 
-def config(inference: int, train: int, span: int = 1, mode: str = "dedicated") -> Config:
+
+def config(inference: int, train: int, span: int = 1, mode: str = "dedicated", engine: str = "transformers") -> Config:
     placement = {"inference_gpus": inference, "train_gpus": train, "tensor_parallel": span, "mode": mode}
-    return Config.model_validate({"placement": placement})
+    return Config.model_validate({"placement": placement, "engine": {"kind": engine}})
 
 
 def devices(settings: Config) -> dict[str, str]:
@@ -75,7 +77,7 @@ def test_too_many_gpus_are_an_error_exactly_when_there_are_fewer(
     ("settings", "found", "advice"),
     [
         (config(4, 4), 0, "has no GPU. Leave --inference-gpus and --train-gpus out to run on the CPU"),
-        (config(1, 1), 1, "it takes two. For the CPU leave"),
+        (config(1, 1), 1, "--placement shared --engine.memory-share 0.4. For the CPU leave"),
         (config(4, 4), 6, "--inference-gpus 3 --train-gpus 3"),
         (config(4, 4, span=2), 6, "--inference-gpus 2 --train-gpus 4"),
         (config(8, 1, span=8), 4, "lower --placement.tensor-parallel below 4"),
@@ -86,33 +88,33 @@ def test_too_many_gpus_are_answered_with_what_fits(settings: Config, found: int,
         check_gpus(settings, found)
 
 
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        (config(4, 1, span=2), "the embedded engine runs on one GPU. Leave tensor_parallel out"),
-        (config(1, 1, mode="shared"), "is not possible with the embedded engine yet"),
-    ],
-)
-def test_a_placement_that_no_engine_can_fill_is_refused(settings: Config, reason: str) -> None:
-    with pytest.raises(ConfigError, match=reason):
-        check_engines(settings)
+def test_a_placement_that_no_engine_can_fill_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the embedded engine runs on one GPU"):
+        check_engines(config(4, 1, span=2))
 
 
 def test_what_engines_can_fill_is_not_refused() -> None:
-    for settings in (Config(), config(4, 4), Config.model_validate({"placement": {"mode": "shared"}})):
+    for settings in (
+        Config(),
+        config(4, 4),
+        config(4, 1, span=2, engine="vllm"),
+        Config.model_validate({"placement": {"mode": "shared"}}),
+    ):
         check_engines(settings)
 
 
 def test_a_rank_alone_meets_nobody() -> None:
     everyone = place(Config())
-    rank = environment(everyone[-1], everyone, {"WORLD_SIZE": "8", "LOCAL_RANK": "3"}, rendezvous_port=4711)
+    rank = environment(
+        everyone[-1], everyone, {"WORLD_SIZE": "8", "LOCAL_RANK": "3"}, rendezvous_port=4711, run_dir=RUN_DIR
+    )
     assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & rank.keys()
 
 
 def test_an_engine_sees_its_own_gpus_and_a_rank_all_train_gpus() -> None:
     everyone = place(config(2, 2))
     visible = {
-        placed.process: environment(placed, everyone, {}, rendezvous_port=1)["CUDA_VISIBLE_DEVICES"]
+        placed.process: environment(placed, everyone, {}, rendezvous_port=1, run_dir=RUN_DIR)["CUDA_VISIBLE_DEVICES"]
         for placed in everyone
     }
     assert visible == {"inference-0": "0", "inference-1": "1", "selfplay": "", "learner-0": "2,3", "learner-1": "2,3"}
@@ -121,16 +123,16 @@ def test_an_engine_sees_its_own_gpus_and_a_rank_all_train_gpus() -> None:
 def test_gpus_are_counted_among_those_the_user_left_visible() -> None:
     everyone = place(config(1, 1))
     base = {"CUDA_VISIBLE_DEVICES": "5, GPU-abc", "HOME": "/root"}
-    rank = environment(everyone[-1], everyone, base, rendezvous_port=1)
+    rank = environment(everyone[-1], everyone, base, rendezvous_port=1, run_dir=RUN_DIR)
     assert (rank["CUDA_VISIBLE_DEVICES"], rank["HOME"]) == ("GPU-abc", "/root")
 
 
 def test_ranks_meet_as_under_torchrun() -> None:
     everyone = place(Config.model_validate({"placement": {"learner_ranks": 2}}))
-    rank = environment(everyone[-1], everyone, {}, rendezvous_port=4711)
+    rank = environment(everyone[-1], everyone, {}, rendezvous_port=4711, run_dir=RUN_DIR)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
     assert [rank[name] for name in names] == ["1", "1", "2", "127.0.0.1", "4711", "1"]
-    assert "RANK" not in environment(everyone[0], everyone, {}, rendezvous_port=4711)
+    assert "RANK" not in environment(everyone[0], everyone, {}, rendezvous_port=4711, run_dir=RUN_DIR)
 
 
 def test_only_the_learner_is_told_to_resume() -> None:

@@ -52,7 +52,7 @@ async def test_held_out_programs_are_passed_over(tmp_path: Path) -> None:
 async def test_a_task_that_does_not_run_is_named(tmp_path: Path) -> None:
     good = '{"task": "deduction", "program": "def f(x): return x", "input": "1"}'
     bad = good.replace("return x", "return y")
-    with pytest.raises(ConfigError, match=r"line 3: not a valid task: error \(NameError\)"):
+    with pytest.raises(ConfigError, match=r"line 3: not a valid task: error \(NameError: name 'y' is not defined\)"):
         await problems_of(tmp_path / "seeds.jsonl", f"{good}\n\n{bad}\n{bad}")
 
 

@@ -95,6 +95,13 @@ def test_a_step_without_numbers_is_still_a_line() -> None:
     assert plain_line({"step": 3, **empty}, 9) == "step 3/9"
 
 
+def test_what_happened_unexpectedly_is_shown_and_said_once() -> None:
+    state = ViewState(steps=9, processes={"inference-0": "restarting"}, news=["inference-0 was lost"])
+    assert "inference-0 was lost" in shown(state)
+    assert "restarting" in shown(state)
+    assert plain_output(state) == "inference-0 was lost\n"
+
+
 def test_the_view_says_that_it_is_stopping() -> None:
     assert "Ctrl-C again stops at once" in shown(ViewState(steps=1, processes={}, is_stopping=True))
 
@@ -131,6 +138,18 @@ def test_the_summary_tells_in_words_what_happened(tmp_path: Path) -> None:
     assert "40 pushes" in text
     assert "3.0e-06 nats" in text
     assert str(tmp_path / "checkpoints" / "step-000040") in text
+
+
+def test_the_summary_warns_of_a_sandbox_that_did_not_hold(tmp_path: Path) -> None:
+    assert "does not hold" not in what_was_learned([metrics(1)], tmp_path)
+    text = what_was_learned([metrics(1, sandbox={"weakness": "the sandbox does not hold: ..."}), metrics(2)], tmp_path)
+    assert "sandbox  the sandbox does not hold" in text
+
+
+def test_the_summary_tells_of_restarts(tmp_path: Path) -> None:
+    assert "restarts" not in what_was_learned([metrics(1)], tmp_path)
+    text = what_was_learned([metrics(1)], tmp_path, {"inference-1": 1, "inference-0": 2})
+    assert "restarts inference-0 2 times, inference-1 1 time;" in text
 
 
 def test_the_summary_does_not_claim_what_was_not_measured(tmp_path: Path) -> None:

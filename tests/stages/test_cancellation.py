@@ -174,7 +174,12 @@ def stage_that_only_waits(name: str) -> Callable[[], Awaitable[None]]:
     library = Library(capacity=9, seed=0)
     stages: dict[str, Callable[[], Awaitable[None]]] = {
         "admit": lambda: admit(
-            admissions[0], challenges[0], flow=flow(), library=library, changed=Changed(), stop=asyncio.Event()
+            admissions[0],
+            challenges[0],
+            flow=flow(),
+            library=library,
+            changed=Changed(),
+            stop=asyncio.Event(),
         ),
         "supply": lambda: supply(
             requests[1],
@@ -184,6 +189,7 @@ def stage_that_only_waits(name: str) -> Callable[[], Awaitable[None]]:
             changed=Changed(),
             on_dropped=never_called,
             stats=dict,
+            notes={},
         ),
         "advantage": lambda: advantage(
             judged[1], rejected[1], on_group=never_called, on_rejected=never_called, proposer_extreme=0.0

@@ -83,6 +83,20 @@ async def test_well_formed_but_wrong_answers() -> None:
         assert rewards == [WRONG] * len(answers)
 
 
+async def test_programs_that_count_their_calls_or_guess_earn_nothing() -> None:
+    counted = problem("induction", "def f(x):\n    return x", ("0", 0), ("1", 1), ("2", 2), ("3", 3))
+    halves = problem("induction", "def f(x):\n    return x % 2", ("0", 0), ("1", 1), ("2", 0))
+    answers = [
+        attempt(counted, "import math\nmath.c = getattr(math, 'c', 0) + 1\ndef f(x):\n    return math.c"),
+        *(
+            attempt(halves, f"def f(x):\n    return id([{n}]) // 16 % 1000 * 0 + hash(str(id(x))) % 9")
+            for n in range(5)
+        ),
+    ]
+    async with judged(*answers) as rewards:
+        assert rewards == [WRONG] * len(answers)
+
+
 async def test_answers_without_the_asked_form() -> None:
     no_lists = ["1) or (2", "1)(2", "1 2", "[1", "import os"]
     answers = [

@@ -62,6 +62,22 @@ async def open_socket(kind: int, endpoint: str) -> AsyncIterator[zmq.asyncio.Soc
         await asyncio.to_thread(context.term)
 
 
+@contextmanager
+def connection_news(socket: zmq.asyncio.Socket) -> Iterator[zmq.asyncio.Socket]:
+    """Where ZeroMQ tells when a connection of `socket` breaks; for `broken`."""
+    news = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    try:
+        yield news
+    finally:
+        socket.disable_monitor()
+        news.close(0)
+
+
+async def broken(news: zmq.asyncio.Socket) -> None:
+    """Wait until a connection breaks."""
+    await news.recv_multipart()
+
+
 def post(socket: zmq.asyncio.Socket, *frames: bytes) -> None:
     """Hand over a message without waiting, so it is whole or nothing. One for a peer that has gone is dropped."""
     handed_over = socket.send_multipart(frames, flags=zmq.DONTWAIT)

@@ -49,6 +49,11 @@ class MemorySender(Generic[T]):
         self._check_open()
         await self._buffer.put(message)
 
+    async def ended(self) -> ChannelClosed:
+        """Wait until the receiver has left."""
+        await self._buffer.receiver_gone.wait()
+        return self._buffer.refusal()
+
     async def __aenter__(self) -> Self:
         self._check_open()
         return self
@@ -89,31 +94,29 @@ class _Buffer(Generic[T]):
     def __init__(self, name: str, capacity: int, deadline_seconds: float | None) -> None:
         self.name = name
         self.senders = 0
+        self.receiver_gone = asyncio.Event()
         self._capacity = capacity
         self._deadline_seconds = deadline_seconds
         self._messages: deque[T] = deque()
-        self._has_receiver = True
         self._send_turn, self._take_turn = asyncio.Lock(), asyncio.Lock()
         self._room, self._arrival = asyncio.Event(), asyncio.Event()
 
     async def put(self, message: T) -> None:
         async with self._send_turn:
-            while self._has_receiver and len(self._messages) >= self._capacity:
+            while not self.receiver_gone.is_set() and len(self._messages) >= self._capacity:
                 await self._wait(self._room, "full, and its receiver took nothing")
-            if not self._has_receiver:
-                raise ChannelClosed(
-                    f"channel {self.name} was closed by its receiver. Stop sending; the receiver's own error says why."
-                )
+            if self.receiver_gone.is_set():
+                raise self.refusal()
             self._messages.append(message)
             self._arrival.set()
 
     async def take(self) -> T:
         async with self._take_turn:
-            while self._has_receiver and not self._messages:
+            while not self.receiver_gone.is_set() and not self._messages:
                 if not self.senders:
                     raise StopAsyncIteration
                 await self._wait(self._arrival, f"empty, and none of its {self.senders} open senders sent anything")
-            if not self._has_receiver:
+            if self.receiver_gone.is_set():
                 raise ChannelClosed(f"channel {self.name} was closed here. Receive inside its `async with`.")
             self._room.set()
             return self._messages.popleft()
@@ -123,10 +126,15 @@ class _Buffer(Generic[T]):
         self._arrival.set()
 
     def receiver_left(self) -> None:
-        self._has_receiver = False
+        self.receiver_gone.set()
         self._messages.clear()
         self._room.set()
         self._arrival.set()
+
+    def refusal(self) -> ChannelClosed:
+        return ChannelClosed(
+            f"channel {self.name} was closed by its receiver. Stop sending; the receiver's own error says why."
+        )
 
     async def _wait(self, event: asyncio.Event, state: str) -> None:
         event.clear()

@@ -2,17 +2,20 @@
 
 import asyncio
 from contextlib import AsyncExitStack, suppress
-from typing import Generic, Self, TypeVar
+from typing import Final, Generic, Self, TypeVar
 
 import zmq
 import zmq.asyncio
 
 from azr_async.adapters.channels import protocol, wire
-from azr_async.adapters.channels.endpoints import checked_endpoint, open_socket, post
-from azr_async.errors import AzrError, ChannelClosed, ConfigError, MessageError, PeerVanished
+from azr_async.adapters.channels.endpoints import broken, checked_endpoint, connection_news, open_socket, post
+from azr_async.errors import ChannelClosed, ConfigError, MessageError, PeerVanished
 from azr_async.messages import Message
 
 M = TypeVar("M", bound=Message)
+
+LAST_WORDS_SECONDS: Final = 0.2
+"""For what a receiver said before its connection broke: it may have closed in an orderly way."""
 
 
 def zmq_sender(
@@ -51,6 +54,7 @@ class ZmqSender(Generic[M]):
     """Sends while it has credit. Entering connects; leaving waits until everything sent has arrived, then closes."""
 
     _socket: zmq.asyncio.Socket
+    _news: zmq.asyncio.Socket
 
     def __init__(
         self,
@@ -72,14 +76,16 @@ class ZmqSender(Generic[M]):
         self._sent = self._allowed = self._limit_bytes = 0
         self._is_welcome = self._is_flushed = self._is_told = False
         self._silent_beats = 0
-        self._end: AzrError | None = ChannelClosed(f"the channel to {peer} is not open. Send inside its `async with`.")
+        self._end: ChannelClosed | PeerVanished | None = ChannelClosed(
+            f"the channel to {peer} is not open. Send inside its `async with`."
+        )
 
     async def send(self, message: M) -> None:
         """Hand over in order; waits for credit. A cancelled send has had no effect.
 
         Raises:
             ChannelClosed: the receiver has closed.
-            PeerVanished: the receiver has been silent for too long, or was replaced.
+            PeerVanished: the receiver has died, has been silent for too long, or was replaced.
             MessageError: the message cannot travel or is larger than the receiver takes.
         """
         payload = wire.encode(message)
@@ -97,15 +103,23 @@ class ZmqSender(Generic[M]):
             self._sent += 1
             post(self._socket, protocol.DATA, payload)
 
+    async def ended(self) -> ChannelClosed | PeerVanished:
+        """Wait until nothing can be sent any more; the error that `send` would raise."""
+        while self._end is None:
+            await self._change()
+        self._is_told = True
+        return self._end
+
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             self._socket = await stack.enter_async_context(open_socket(zmq.DEALER, self._endpoint))
+            self._news = stack.enter_context(connection_news(self._socket))
             self._socket.connect(self._endpoint)
             tasks = asyncio.TaskGroup()
             await tasks.__aenter__()
             # Not `async with tasks`: that would wrap the body's own error into a group.
             stack.push_async_callback(tasks.__aexit__, None, None, None)
-            for work in (self._listen(), self._beat()):
+            for work in (self._listen(), self._beat(), self._watch()):
                 stack.callback(tasks.create_task(work, name=f"{self._name}->{self._peer}").cancel)
             self._end = None
             stack.push_async_exit(self._close)  # also when joining fails: the receiver may have heard us
@@ -181,6 +195,18 @@ class ZmqSender(Generic[M]):
             seconds = self._silent_beats * self._heartbeat_seconds
             if self._end is None and seconds > self._peer_timeout_seconds:
                 self._end = PeerVanished(protocol.silence(self._name, self._peer, self._endpoint, seconds))
+                self._changed.set()
+
+    async def _watch(self) -> None:
+        """A broken connection tells at once what silence would tell late: the receiver knows no other as this one."""
+        while True:
+            await broken(self._news)
+            await asyncio.sleep(LAST_WORDS_SECONDS)
+            if self._end is None and self._is_welcome:
+                self._end = PeerVanished(
+                    f"{self._peer} at {self._endpoint} has died: its connection to {self._name} broke. "
+                    f"Look at logs/{self._peer}.log."
+                )
                 self._changed.set()
 
     async def _change(self) -> None:

@@ -30,5 +30,5 @@ def refusals(job: GenerateJob) -> list[Completion]:
             behavior_logp=np.zeros(0, np.float32),
             token_version=nothing,
         )
-        for index in range(job.samples)
+        for index in job.wanted
     ]

@@ -9,6 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from azr_async.errors import EngineError
 from azr_async.messages import Prompt
 
+TokenIds = NDArray[np.int32] | NDArray[np.int64]
+
 _PART_OF_A_CHARACTER: Final = "\ufffd"
 
 
@@ -36,18 +38,18 @@ class Texts:
             raise EngineError(f"the prompt {text!r} has no tokens. Check model.dialogue: it must fit the tokenizer.")
         return ids
 
-    def completion_text(self, prompt: Prompt, ids_T: NDArray[np.int64]) -> str:
+    def completion_text(self, prompt: Prompt, ids_T: TokenIds) -> str:
         """What was written: without the end token, up to and including the first stop text."""
         return _cut(self._decoded(prompt, ids_T), prompt.stop)
 
-    def has_stopped(self, prompt: Prompt, ids_T: NDArray[np.int64]) -> bool:
+    def has_stopped(self, prompt: Prompt, ids_T: TokenIds) -> bool:
         """Is a stop text in the completion? Asked after each token, so only the last token can have finished one."""
         question = (prompt.stop, int(ids_T[-1]))
         if question not in self._may_end:
             self._may_end[question] = self._may_end_a_stop(*question)
         return self._may_end[question] and any(stop in self._decoded(prompt, ids_T) for stop in prompt.stop)
 
-    def _decoded(self, prompt: Prompt, ids_T: NDArray[np.int64]) -> str:
+    def _decoded(self, prompt: Prompt, ids_T: TokenIds) -> str:
         kept = ids_T[:-1] if len(ids_T) and int(ids_T[-1]) in self.end_ids else ids_T
         return str(
             self._tokenizer.decode(

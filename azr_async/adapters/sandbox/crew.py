@@ -1,16 +1,16 @@
 """The sandboxed processes of a pool: zygotes of both flavours, parsers, and the proof that they hold."""
 
 import asyncio
-import json
 from functools import partial
 from typing import Final, Literal
 
 from azr_async.adapters.sandbox.helpers import Helper, HelperGone, HelperSettings, Role, start_helper
 from azr_async.adapters.sandbox.inside.canaries import CANARIES, CANARY
-from azr_async.adapters.sandbox.inside.wire import split_parts, with_length
+from azr_async.adapters.sandbox.inside.wire import with_length
 from azr_async.adapters.sandbox.lanes import Lane
 from azr_async.adapters.sandbox.meter import Meter
 from azr_async.adapters.sandbox.parsing import Parser, ParsingDesk
+from azr_async.adapters.sandbox.permits import Permit
 from azr_async.adapters.sandbox.slots import Slot
 from azr_async.adapters.sandbox.verdicts import Limits, Report
 from azr_async.errors import SandboxError
@@ -20,14 +20,15 @@ Require = Literal["strict", "best-effort"]
 SPARE_SLOTS: Final = 10
 """Zygotes beyond `workers`, for programs that take long, so that they delay no other."""
 STRAGGLER_SECONDS: Final = 0.2
+FLAVOURS: Final = 5
+"""Lanes for runs that must agree. The last three are for doubtful programs, once the first two runs have agreed."""
 PARSERS: Final = 2
+SPARE_PARSERS: Final = 4
 ATTEMPTS: Final = 3
 """How often a request is handed to another process when one dies under it."""
 WALL: Final = ("seccomp", "no_new_privs", "rlimits")
 """Layers without which a program could get out; the others stand behind them."""
 CANARY_WALL_SECONDS: Final = 0.2
-
-LOST: Final = Report(content=b"", is_over_limit=False, was_killed=False, wait_status=256, cpu_seconds=0.0, wall_ms=0.0)
 
 
 class Crew:
@@ -36,14 +37,18 @@ class Crew:
     def __init__(self, settings: HelperSettings, limits: Limits, *, workers: int, require: Require) -> None:
         self.meter = Meter()
         self.layers: dict[str, str] = {}
+        self.weakness = ""
         self._settings = settings
         self._limits = limits
         self._workers = workers
         self._require = require
         self._permits = asyncio.Semaphore(workers)
-        self._lanes = [Lane(partial(self._start_slot, flavour), most=workers + SPARE_SLOTS) for flavour in (0, 1)]
-        self._parsers = Lane(self._start_parser, most=PARSERS)
-        self._desk = ParsingDesk(self._parsers)
+        self._lanes = [
+            Lane(partial(self._start_slot, flavour), most=workers + (SPARE_SLOTS if flavour < 2 else 0))
+            for flavour in range(FLAVOURS)
+        ]
+        self._parsers = Lane(self._start_parser, most=PARSERS + SPARE_PARSERS)
+        self._desk = ParsingDesk(self._parsers, together=PARSERS)
 
     async def open(self) -> None:
         """Start the processes that are needed at once. Raises SandboxError, with nothing left behind."""
@@ -56,7 +61,7 @@ class Crew:
         except ExceptionGroup as failures:
             self.close()
             raise failures.exceptions[0] from None
-        except SandboxError:
+        except BaseException:  # cancelled, too: what has been started must not stay
             self.close()
             raise
 
@@ -71,32 +76,29 @@ class Crew:
         """Processes that had to be replaced, so far."""
         return sum(lane.restarts for lane in self._lanes) + self._parsers.restarts
 
-    async def parse(self, mode: str, program: str | None, inputs: list[str]) -> list[bytes]:
-        """One part for the program, unless it is None, and one for each input (inside/parser.py)."""
-        answer = await self._desk.parse(json.dumps([mode, program, inputs]))
-        if answer is None:
-            return [b"Eit cannot be parsed within limits"] * (len(inputs) + (program is not None))
-        return list(split_parts(answer))
+    async def parse(self, mode: str, program: str | None, inputs: list[str]) -> list[bytes] | None:
+        """As `ParsingDesk.parse`."""
+        return await self._desk.parse(mode, program, inputs)
 
-    async def fork(self, flavour: int, code: bytes, arguments: list[bytes]) -> Report:
-        """Run compiled code on `arguments` in one fork of a zygote of `flavour`."""
+    async def fork(self, flavour: int, code: bytes, arguments: list[bytes]) -> Report | None:
+        """Run compiled code on `arguments` in one fork of a zygote of `flavour`; None if each attempt's zygote died."""
         request = b"".join(map(with_length, [code, *arguments]))
         for _ in range(ATTEMPTS):
             with self.meter.queued():
                 await self._permits.acquire()
-            permit = _Permit(self._permits)
+            permit = Permit(self._permits)
             try:
-                async with self._lanes[flavour].member() as slot:
+                async with self._lanes[flavour % FLAVOURS].member() as slot:
                     permit.expire_in(STRAGGLER_SECONDS)
                     with self.meter.running():
                         report = await slot.run(request, self._limits, inputs=len(arguments))
-                    self.meter.kills += report.was_killed
+                    self.meter.kills += report.was_forced
                     return report
             except HelperGone:
                 continue
             finally:
                 permit.release()
-        return LOST
+        return None
 
     async def _start_slot(self, flavour: int) -> Slot:
         return Slot(await self._start("zygote", flavour))
@@ -107,9 +109,12 @@ class Crew:
     async def _start(self, role: Role, flavour: int) -> Helper:
         helper = await start_helper(role, self._settings, flavour=flavour)
         missing = [f"{layer} ({helper.layers[layer]})" for layer in WALL if not _is_verified(helper.layers[layer])]
-        if missing and self._require == "strict":
-            helper.kill()
-            raise SandboxError(_refusal(f"this host does not offer {', '.join(missing)}"))
+        if missing:
+            try:
+                self._refuse(f"this host does not offer {', '.join(missing)}")
+            except SandboxError:
+                helper.kill()
+                raise
         # What one process lacks is what the sandbox lacks.
         for layer, state in helper.layers.items():
             if _is_verified(self.layers.get(layer, "verified")):
@@ -129,29 +134,16 @@ class Crew:
                 continue
             if b"escaped" in report.content:
                 escaped.append(name)
-        if escaped and self._require == "strict":
-            raise SandboxError(_refusal(f"a program could {', '.join(escaped)}"))
+        if escaped:
+            self._refuse(f"a program could {', '.join(escaped)}")
         held = f"{len(CANARIES) - len(escaped)} of {len(CANARIES)} held"
         self.layers["canaries"] = f"verified {held}" if not escaped else f"escaped: {', '.join(escaped)}; {held}"
 
-
-class _Permit:
-    """The right to compute, handed on when the program ends or has taken long."""
-
-    def __init__(self, permits: asyncio.Semaphore) -> None:
-        self._permits = permits
-        self._is_held = True
-        self._timer: asyncio.TimerHandle | None = None
-
-    def expire_in(self, seconds: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(seconds, self.release)
-
-    def release(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._is_held:
-            self._is_held = False
-            self._permits.release()
+    def _refuse(self, problem: str) -> None:
+        """Refuse to go on, if that is what was asked for; otherwise only say so."""
+        if self._require == "strict":
+            raise SandboxError(_refusal(problem))
+        self.weakness = f"the sandbox does not hold: {problem}. Model-written programs run here all the same."
 
 
 def _is_verified(state: str) -> bool:
@@ -163,5 +155,5 @@ def _refusal(problem: str) -> str:
         f"the sandbox would not hold: {problem}. It needs a kernel with seccomp filters, on x86_64 or aarch64. In "
         "Docker leave the default seccomp profile on (or add --security-opt seccomp=unconfined); in Kubernetes set "
         "securityContext.seccompProfile.type to RuntimeDefault. To run model-written programs without this wall, set "
-        "sandbox.require to best-effort."
+        "sandbox.require (--require of the tools) to best-effort."
     )

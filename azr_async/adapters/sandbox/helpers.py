@@ -1,6 +1,7 @@
 """Starting and ending the sandboxed processes: exec with an empty environment, pipes, a ready message, SIGKILL."""
 
 import asyncio
+import errno
 import fcntl
 import json
 import os
@@ -18,9 +19,9 @@ from azr_async.errors import SandboxError
 
 ROOT: Final = Path(__file__).parents[3]
 START_SECONDS: Final = 30.0
-KILL_SECONDS: Final = 10.0
+KILL_SECONDS: Final = 1.0
+"""A killed process is gone within milliseconds; one that the kernel holds back is left to it."""
 PIPE_BYTES: Final = 1 << 20
-HASH_SEEDS: Final = ("0", "4242")
 _BOOTSTRAP: Final = (
     "import sys; sys.path.append(sys.argv[1]); from azr_async.adapters.sandbox.inside.start import main; main()"
 )
@@ -32,6 +33,10 @@ Role = Literal["zygote", "parser"]
 
 class HelperGone(Exception):
     """The sandboxed process ended, or does not answer; whoever asked starts another one."""
+
+
+class StartFailed(SandboxError):
+    """A sandboxed process did not come up. That may be different in a moment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +80,8 @@ class Helper:
         if self.process.returncode is not None:
             return
         self.strike()
-        self.process.wait(KILL_SECONDS)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILL_SECONDS)
         # Its own children are not ours to wait for; but the last of them to end hangs up the pipe of results.
         last = select.poll()
         last.register(self.result_fd, 0)
@@ -87,7 +93,7 @@ class Helper:
 async def start_helper(role: Role, settings: HelperSettings, *, flavour: int = 0) -> Helper:
     """Start a sandboxed process and wait until it has confined itself.
 
-    Raises SandboxError when it does not come up within `START_SECONDS`.
+    Raises StartFailed when it does not come up within `START_SECONDS`.
     """
     helper = _launch(role, settings, flavour)
     try:
@@ -99,26 +105,21 @@ async def start_helper(role: Role, settings: HelperSettings, *, flavour: int = 0
 
 
 def _launch(role: Role, settings: HelperSettings, flavour: int) -> Helper:
-    result_read, result_write = os.pipe()
-    request_read, request_write = os.pipe()
-    control_read, control_write = os.pipe()
-    report_read, report_write = os.pipe()
-    ours = [result_read, request_write, control_write, report_read]
-    result_pipe_bytes = _enlarge(result_read)
-    _enlarge(request_write)
+    fds: list[int] = []
     try:
-        process = _execute(role, settings, flavour, [result_write, request_read, control_read, report_write])
+        for _ in range(4):
+            fds += os.pipe()
+        result_read, result_write, request_read, request_write, control_read, control_write, *report = fds
+        result_pipe_bytes = _enlarge(result_read)
+        _enlarge(request_write)
+        process = _execute(role, settings, flavour, [result_write, request_read, control_read, report[1]])
     except OSError as error:
-        for fd in (*ours, request_read):
+        for fd in fds:
             os.close(fd)
-        raise SandboxError(
-            f"the sandbox's {role} cannot be started ({error.strerror}). Are this user's processes or the memory used "
-            "up? Lower sandbox.workers."
-        ) from None
-    finally:
-        for fd in (result_write, control_read, report_write):
-            os.close(fd)
-    for fd in ours:
+        raise StartFailed(_hint(role, error)) from None
+    for fd in (result_write, control_read, report[1]):
+        os.close(fd)
+    for fd in (result_read, request_write, control_write, report[0]):
         os.set_blocking(fd, False)
     return Helper(
         process=process,
@@ -127,9 +128,25 @@ def _launch(role: Role, settings: HelperSettings, flavour: int) -> Helper:
         request_fd=request_write,
         leftover_fd=request_read,
         control_fd=control_write,
-        report_fd=report_read,
+        report_fd=report[0],
         layers={},
     )
+
+
+def _hint(role: Role, error: OSError) -> str:
+    match error.errno:
+        case errno.EMFILE | errno.ENFILE:
+            advice = "Raise the limit of open files (`ulimit -n`) or lower sandbox.workers."
+        case errno.EAGAIN | errno.ENOMEM:
+            advice = "Are this user's processes or the memory used up? Lower sandbox.workers."
+        case _:
+            advice = f"Can this user execute {_python()}, and read the installation that it belongs to?"
+    return f"the sandbox's {role} cannot be started ({error.strerror}). {advice}"
+
+
+def _python() -> str:
+    """The venv's interpreter would need the venv's files; the real one needs its standard library only."""
+    return os.path.realpath(sys.executable)
 
 
 def _execute(role: Role, settings: HelperSettings, flavour: int, fds: list[int]) -> subprocess.Popen[bytes]:
@@ -142,11 +159,10 @@ def _execute(role: Role, settings: HelperSettings, flavour: int, fds: list[int])
         "fds": fds,
         "parent": os.getpid(),
     }
-    # The venv's interpreter would need the venv's files; the real one needs its standard library only.
-    python = os.path.realpath(sys.executable)
     return subprocess.Popen(
-        [python, *_PYTHON_OPTIONS, "-c", _BOOTSTRAP, str(ROOT), role, json.dumps(options), settings.label],
-        env={"PYTHONHASHSEED": HASH_SEEDS[flavour], "LANG": "C.UTF-8"},
+        [_python(), *_PYTHON_OPTIONS, "-c", _BOOTSTRAP, str(ROOT), role, json.dumps(options), settings.label],
+        # Each process has hashes of its own: a dependence that one pair of them does not show, the next one does.
+        env={"PYTHONHASHSEED": str(int.from_bytes(os.urandom(4))), "LANG": "C.UTF-8"},
         pass_fds=fds,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -178,13 +194,13 @@ async def _read_ready_message(helper: Helper, role: Role) -> dict[str, str]:
                 readable.clear()
                 chunk = os.read(helper.result_fd, 65536)
                 if not chunk:
-                    raise SandboxError(
+                    raise StartFailed(
                         f"the sandbox's {role} ended before it was ready (exit status {helper.process.poll()}). "
                         "Run `python -m azr_async execute --explain` to see which isolation layers this host refuses."
                     )
                 content += chunk
     except TimeoutError:
-        raise SandboxError(
+        raise StartFailed(
             f"the sandbox's {role} (process {helper.process.pid}) was not ready within {START_SECONDS} s. "
             "Is the machine out of memory or badly overloaded? Lower sandbox.workers."
         ) from None
@@ -192,7 +208,7 @@ async def _read_ready_message(helper: Helper, role: Role) -> dict[str, str]:
         loop.remove_reader(helper.result_fd)
     layers: dict[str, str] = json.loads(content[4:])
     if "failed" in layers:
-        raise SandboxError(
+        raise StartFailed(
             f"the sandbox's {role} could not start: {layers['failed']}. If it names a module, take it out of "
             "sandbox.allowed_imports; otherwise run `python -m azr_async execute --explain`."
         )

@@ -2,11 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Final, Generic, Protocol, TypeVar
 
-from azr_async.adapters.sandbox.helpers import Helper
+from azr_async.adapters.sandbox.helpers import Helper, StartFailed
 from azr_async.errors import SandboxError
+
+START_ATTEMPTS: Final = 20
+START_AGAIN_SECONDS: Final = 0.5
 
 
 class Member(Protocol):
@@ -31,6 +34,7 @@ class Lane(Generic[MemberT]):
         self._idle: list[MemberT] = []
         self._all: set[MemberT] = set()
         self._is_closed = False
+        self._given_back = asyncio.Event()
 
     def open(self, starts: asyncio.TaskGroup, count: int) -> None:
         """Start the first `count` processes as tasks of the group `starts`."""
@@ -46,10 +50,14 @@ class Lane(Generic[MemberT]):
             member.close()
         self._all.clear()
         self._idle.clear()
+        self._given_back.set()
 
     @asynccontextmanager
     async def member(self) -> AsyncIterator[MemberT]:
-        """Have a process to oneself. Waits while all are busy, which ends because every request has a deadline."""
+        """Have a process to oneself. Waits while all are busy, which ends because every request has a deadline.
+
+        Raises SandboxError when none is left and none can be started for `START_ATTEMPTS * START_AGAIN_SECONDS`.
+        """
         async with self._room:
             member = await self._take()
             try:
@@ -60,18 +68,37 @@ class Lane(Generic[MemberT]):
                     self.restarts += 1
                 elif not self._is_closed:
                     self._idle.append(member)
+                    self._given_back.set()
 
     async def _add(self) -> None:
         self._idle.append(await self._new())
 
     async def _take(self) -> MemberT:
+        """An idle process or a new one; where none can be started, one that comes back, or a new one a little later."""
+        failures = 0
+        while True:
+            member = self._take_idle()
+            if member is not None:
+                return member
+            try:
+                return await self._new()
+            except StartFailed:
+                failures += not self._all
+                if failures >= START_ATTEMPTS:
+                    raise
+            self._given_back.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(START_AGAIN_SECONDS):
+                    await self._given_back.wait()
+
+    def _take_idle(self) -> MemberT | None:
         while self._idle:
             member = self._idle.pop()
             if not member.is_broken:
                 return member
             self._all.discard(member)
             self.restarts += 1
-        return await self._new()
+        return None
 
     async def _new(self) -> MemberT:
         if self._is_closed:

@@ -21,7 +21,7 @@ class Meter:
         """Outcomes that were answered from memory."""
         self.forks = 0
         self.kills = 0
-        """Programs that were ended at their wall deadline."""
+        """Programs that did not end by themselves: killed at a limit of time, by the filter, for want of memory."""
         self.waiting = 0
         """Programs that wait for a free process now."""
         self._running = 0
@@ -56,7 +56,8 @@ class Meter:
     def count(self, outcome: Outcome) -> None:
         """Take note of a new outcome."""
         self.statuses[outcome.status] += 1
-        self._wall_ms.append(outcome.wall_ms)
+        if outcome.wall_ms > 0.0:  # it came to run
+            self._wall_ms.append(outcome.wall_ms)
 
     def latency_ms(self, *percentiles: int) -> dict[int, float]:
         """Wall milliseconds per execution, over the last few thousand; empty before the first."""

@@ -8,15 +8,19 @@ import asyncio
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 from typing import Final
 
 from azr_async.adapters.sandbox.helpers import Helper, HelperGone
 from azr_async.adapters.sandbox.inside.wire import split_parts, with_length
 from azr_async.adapters.sandbox.lanes import Lane
+from azr_async.adapters.sandbox.permits import Permit
 from azr_async.adapters.sandbox.slots import CHUNK_BYTES, RequestWriter
 
-PARSE_SECONDS: Final = 5.0
-REPLY_BYTES: Final = 1 << 24
+TOGETHER_SECONDS: Final = 0.5
+ALONE_SECONDS: Final = 1.5
+STRAGGLER_SECONDS: Final = 0.2
+REPLY_BYTES: Final = 1 << 25
 TOGETHER: Final = 16
 TOGETHER_CHARACTERS: Final = 1 << 17
 ATTEMPTS: Final = 3
@@ -25,33 +29,49 @@ ATTEMPTS: Final = 3
 @dataclass(eq=False, slots=True)
 class _Request:
     text: str
-    answer: bytes | None = None
+    parts: int
+    """How many parts its answer has."""
+    answer: list[bytes] | None = None
     must_go_alone: bool = False
 
 
 class ParsingDesk:
-    """Hands requests to the parsers of a lane."""
+    """Hands requests to the parsers of a lane: `together` of them compute, not counting those that take long."""
 
-    def __init__(self, parsers: Lane["Parser"]) -> None:
+    def __init__(self, parsers: Lane["Parser"], *, together: int) -> None:
         self._parsers = parsers
+        self._permits = asyncio.Semaphore(together)
         self._waiting: list[_Request] = []
 
-    async def parse(self, text: str) -> bytes | None:
-        """The parts that answer one request, as JSON text; None if it cannot be answered within limits."""
-        request = _Request(text)
+    async def parse(self, mode: str, program: str | None, inputs: Sequence[str]) -> list[bytes] | None:
+        """One part for the program, unless it is None, and one for each input (inside/parser.py).
+
+        None if they cannot be parsed within limits, which may be different the next time.
+        """
+        request = _Request(_as_json(mode, program, inputs), len(inputs) + (program is not None))
         self._waiting.append(request)
         try:
             for _ in range(ATTEMPTS):
-                async with self._parsers.member() as parser:
-                    # Whoever gets a parser takes along those who wait behind.
-                    if request.answer is None and not await self._send(parser, self._together_with(request)):
-                        break
-                if request.answer is not None:
-                    break
+                if request.answer is None:
+                    await self._attempt(request)
         finally:
             if request in self._waiting:
                 self._waiting.remove(request)
         return request.answer
+
+    async def _attempt(self, request: _Request) -> None:
+        await self._permits.acquire()
+        permit = Permit(self._permits)
+        try:
+            if request.answer is not None:
+                return
+            async with self._parsers.member() as parser:
+                permit.expire_in(STRAGGLER_SECONDS)
+                # Whoever gets a parser takes along those who wait behind.
+                if request.answer is None:
+                    await self._send(parser, self._together_with(request))
+        finally:
+            permit.release()
 
     def _together_with(self, request: _Request) -> list[_Request]:
         batch = [request]
@@ -69,18 +89,33 @@ class ParsingDesk:
         self._waiting = [other for other in self._waiting if other not in batch]
         return batch
 
-    async def _send(self, parser: "Parser", batch: Sequence[_Request]) -> bool:
-        """Whether trying again makes sense for the first request, if it has no answer now."""
+    async def _send(self, parser: "Parser", batch: Sequence[_Request]) -> None:
+        """Have the batch parsed, or make sure that each of its requests goes alone the next time."""
+        frame = f"[{','.join(request.text for request in batch)}]".encode()
         try:
-            answers = list(split_parts(await parser.parse(f"[{','.join(request.text for request in batch)}]".encode())))
-        except (TimeoutError, HelperGone) as failure:
-            is_culprit = len(batch) == 1 and isinstance(failure, TimeoutError)
+            reply = await parser.parse(frame, TOGETHER_SECONDS if len(batch) > 1 else ALONE_SECONDS)
+            answers = _parts_of(reply, batch)
+        except (TimeoutError, HelperGone, ValueError):
+            parser.close()
             for request in batch:
                 request.must_go_alone = True
-            return not is_culprit
-        for request, answer in zip(batch, answers, strict=True):
-            request.answer = answer
-        return True
+            return
+        for request, parts in zip(batch, answers, strict=True):
+            request.answer = parts
+
+
+def _as_json(mode: str, program: str | None, inputs: Sequence[str]) -> str:
+    """By hand: setting a JSON encoder up takes longer than its work."""
+    first = "null" if program is None else encode_basestring_ascii(program)
+    return f'["{mode}",{first},[{",".join(map(encode_basestring_ascii, inputs))}]]'
+
+
+def _parts_of(reply: bytes, batch: Sequence[_Request]) -> list[list[bytes]]:
+    """Raises ValueError when these are not the parts that were asked for: texts may have got the better of a parser."""
+    answers = [list(split_parts(answer)) for answer in split_parts(reply)]
+    if list(map(len, answers)) != [request.parts for request in batch]:
+        raise ValueError("another number of parts than was asked for")
+    return answers
 
 
 class Parser:
@@ -95,12 +130,12 @@ class Parser:
         self._writer = RequestWriter(helper.request_fd)
         self.is_broken = False
 
-    async def parse(self, request: bytes) -> bytes:
-        """The answering frame. Raises HelperGone when the parser ends, TimeoutError after `PARSE_SECONDS`."""
+    async def parse(self, request: bytes, seconds: float) -> bytes:
+        """The answering frame. Raises HelperGone when the parser ends, TimeoutError after `seconds`."""
         self._content.clear()
         replied: asyncio.Future[bytes] = self._loop.create_future()
         self._replied = replied
-        deadline = self._loop.call_later(PARSE_SECONDS, self._give_up)
+        deadline = self._loop.call_later(seconds, self._give_up)
         is_whole = False
         try:
             self._writer.write(with_length(request))

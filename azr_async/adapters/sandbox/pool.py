@@ -6,9 +6,10 @@ from typing import Final, Literal, Self
 
 from azr_async.adapters.sandbox.crew import Crew, Require
 from azr_async.adapters.sandbox.helpers import HelperSettings
+from azr_async.adapters.sandbox.inside.wire import DOUBTFUL
 from azr_async.adapters.sandbox.meter import Meter
-from azr_async.adapters.sandbox.recent import Recent
-from azr_async.adapters.sandbox.verdicts import Limits, agreed, outcomes_of
+from azr_async.adapters.sandbox.recent import Recent, digest
+from azr_async.adapters.sandbox.verdicts import LOST, Limits, agreed, outcomes_of
 from azr_async.algorithm.values import read
 from azr_async.messages import Outcome, Status
 
@@ -22,6 +23,8 @@ DEFAULT_IMPORTS: Final = tuple(_COMPUTING_MODULES.split())
 
 SOURCE_CHARACTERS: Final = 65_536
 INPUTS_PER_FORK: Final = 64
+DOUBTFUL_RUNS: Final = 5
+"""Runs in which a program that may hang on hashes or clocks must agree, where an ordinary one must in two."""
 
 InputMode = Literal["literal", "expression"]
 
@@ -36,7 +39,7 @@ class SandboxPool:
         memory_mb: address space that a program may add.
         allowed_imports: modules that a program may import.
         result_bytes: longest encoded value that a program may return.
-        cache_entries: verdicts that are remembered.
+        cache_mb: memory for verdicts, compiled programs and literals that were met before.
         label: stands in the command line of every process of the sandbox.
         require: `strict` refuses to start where a program could get out; `best-effort` starts and tells, in `layers`.
         is_gated: False lets programs use all of Python and whatever module is loaded, to try the walls alone.
@@ -51,7 +54,7 @@ class SandboxPool:
         memory_mb: int = 256,
         allowed_imports: Sequence[str] = DEFAULT_IMPORTS,
         result_bytes: int = 65_536,
-        cache_entries: int = 65_536,
+        cache_mb: int = 64,
         label: str = "",
         require: Require = "strict",
         is_gated: bool = True,
@@ -67,9 +70,9 @@ class SandboxPool:
             wall_seconds=wall_seconds, cpu_seconds=max(1, math.ceil(cpu_seconds)), result_bytes=result_bytes
         )
         self._crew = Crew(settings, self._limits, workers=workers, require=require)
-        self._verdicts: Recent[tuple[str, str, int, InputMode], Outcome] = Recent(cache_entries)
-        self._codes: Recent[str, bytes] = Recent(min(cache_entries, 4096))
-        self._literals: Recent[str, Outcome] = Recent(cache_entries)
+        self._verdicts: Recent[Outcome] = Recent(cache_mb << 19)
+        self._codes: Recent[bytes] = Recent(cache_mb << 18)
+        self._literals: Recent[Outcome] = Recent(cache_mb << 18)
 
     async def __aenter__(self) -> Self:
         await self._crew.open()
@@ -86,6 +89,11 @@ class SandboxPool:
     def layers(self) -> dict[str, str]:
         """What isolates the programs: layer -> `verified ...` or why it is not there."""
         return dict(self._crew.layers)
+
+    @property
+    def weakness(self) -> str:
+        """What `require: best-effort` has let pass: how programs could get out; empty if they cannot."""
+        return self._crew.weakness
 
     @property
     def meter(self) -> Meter:
@@ -134,71 +142,105 @@ class SandboxPool:
         Raises:
             SandboxError: the sandbox is closed, or its processes cannot be started.
         """
-        known = {text: self._verdicts.get((program, text, times, input_mode)) for text in inputs}
+        program_key = digest(program)
+        question = program_key + f"{times}{input_mode}".encode()
+        keys = {text: question + digest(text) for text in inputs}
+        known = {text: self._verdicts.get(key) for text, key in keys.items()}
         new = [text for text, outcome in known.items() if outcome is None]
         self.meter.remembered += len(inputs) - len(new)
         found = {text: outcome for text, outcome in known.items() if outcome is not None}
         for start in range(0, len(new), INPUTS_PER_FORK):
             part = new[start : start + INPUTS_PER_FORK]
-            for text, outcome in zip(part, await self._judge(program, part, times, input_mode), strict=True):
+            codes = await self._read(program, program_key, part, input_mode)
+            for text, outcome in zip(part, await self._judge(*codes, times), strict=True):
                 found[text] = outcome
                 self.meter.count(outcome)
-                if outcome is not NOT_TRIED:
-                    self._verdicts.put((program, text, times, input_mode), outcome)
+                if not _is_of_the_moment(outcome):
+                    self._verdicts.put(keys[text], outcome, _size(outcome))
         return [found[text] for text in inputs]
 
     async def literal(self, text: str) -> Outcome:
         """The value of a Python literal: `ok`, or `rejected` when the text is anything else. Nothing is evaluated."""
-        outcome = self._literals.get(text)
+        key = digest(text)
+        outcome = self._literals.get(key)
         if outcome is None:
             (part,) = await self._parse("value", None, [text])
             outcome = _literal_outcome(part)
-            self._literals.put(text, outcome)
+            if not _is_of_the_moment(outcome):
+                self._literals.put(key, outcome, _size(outcome))
         return outcome
 
-    async def _judge(self, program: str, inputs: list[str], times: int, input_mode: InputMode) -> list[Outcome]:
-        code = self._codes.get(program)
-        if code is None:
-            code, *arguments = await self._parse(input_mode, program, inputs)
-            self._codes.put(program, code)
-        else:
-            arguments = await self._parse(input_mode, None, inputs) if code[:1] == b"C" else []
+    async def _judge(self, code: bytes, arguments: list[bytes], times: int) -> list[Outcome]:
+        """The outcomes of a program and its inputs, as the parts that the parser made of them."""
         if code[:1] != b"C":
-            return [_not_run(code)] * len(inputs)
+            return [_not_run(code)] * len(arguments)
         outcomes = [_not_run(argument) for argument in arguments]
-        open_numbers = [number for number, argument in enumerate(arguments) if argument[:1] != b"E"]
-        for repeat in range(times):
-            results = await self._execute(repeat % 2, code[1:], [arguments[n] for n in open_numbers])
+        open_numbers = [number for number, argument in enumerate(arguments) if argument[:1] in (b"A", b"X")]
+        is_doubtful = DOUBTFUL in {code[1:2], *(arguments[number][1:2] for number in open_numbers)}
+        for repeat in range(max(times, DOUBTFUL_RUNS) if times > 1 and is_doubtful else times):
+            results = await self._execute(repeat, code[1:], [arguments[n] for n in open_numbers])
             for number, result in zip(open_numbers, results, strict=True):
                 outcomes[number] = result if repeat == 0 else agreed(outcomes[number], result)
             # Nothing that ran into a limit is tried again. Reversed: what one input leaves to the next shows itself.
             open_numbers = [n for n in reversed(open_numbers) if outcomes[n].status in ("ok", "error")]
         return outcomes
 
+    async def _read(
+        self, program: str, key: bytes, inputs: list[str], input_mode: InputMode
+    ) -> tuple[bytes, list[bytes]]:
+        """The parts of the program and of its inputs."""
+        code = self._codes.get(key)
+        if code is not None:
+            return code, await self._parse(input_mode, None, inputs) if code[:1] == b"C" else [code] * len(inputs)
+        if len(program) > SOURCE_CHARACTERS:
+            return _TOO_LONG, [_TOO_LONG] * len(inputs)
+        code, *arguments = await self._parse(input_mode, program, inputs)
+        if code[:1] != _UNREAD[:1]:
+            self._codes.put(key, code, len(code))
+        return code, arguments
+
     async def _execute(self, flavour: int, code: bytes, arguments: list[bytes]) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        timeouts = 0
         while len(outcomes) < len(arguments):
             rest = arguments[len(outcomes) :]
             report = await self._crew.fork(flavour, code, rest)
-            outcomes += outcomes_of(report, len(rest), self._limits)
-            timeouts += report.was_killed
-            if outcomes[-1].status == "timeout" or timeouts > 1:
+            outcomes += [LOST] if report is None else outcomes_of(report, len(rest), self._limits)
+            if outcomes[-1].status == "timeout":
                 outcomes += [NOT_TRIED] * (len(arguments) - len(outcomes))
         return outcomes
 
     async def _parse(self, mode: str, program: str | None, inputs: list[str]) -> list[bytes]:
-        texts = inputs if program is None else [program, *inputs]
-        if any(len(text) > SOURCE_CHARACTERS for text in texts):
-            return [f"Elonger than {SOURCE_CHARACTERS} characters".encode()] * len(texts)
-        return await self._crew.parse(mode, program, inputs)
+        """The parts of all texts. An input that is too long is refused by itself."""
+        fitting = [text for text in inputs if len(text) <= SOURCE_CHARACTERS]
+        parts = await self._crew.parse(mode, program, fitting)
+        if parts is None:
+            parts = [_UNREAD] * (len(fitting) + (program is not None))
+        left = iter(parts)
+        head = [] if program is None else [next(left)]
+        return head + [next(left) if len(text) <= SOURCE_CHARACTERS else _TOO_LONG for text in inputs]
 
+
+_TOO_LONG: Final = f"Elonger than {SOURCE_CHARACTERS} characters".encode()
+_UNREAD: Final = b"Uit cannot be parsed within limits"
 
 NOT_TRIED: Final = Outcome(status="timeout", error="not tried: an earlier input of the same call took too long")
+
+UNREAD: Final = Outcome(status="rejected", error="it could not be parsed within limits", ran=False)
+
+
+def _is_of_the_moment(outcome: Outcome) -> bool:
+    """Whether the next try may end otherwise, so that this is not to be remembered."""
+    return outcome is NOT_TRIED or outcome is LOST or outcome is UNREAD
+
+
+def _size(outcome: Outcome) -> int:
+    return len(outcome.value) + len(outcome.text) + len(outcome.error)
 
 
 def _not_run(part: bytes) -> Outcome:
     """The outcome of a program or input for which the parser gave this part."""
+    if part[:1] == b"U":
+        return UNREAD
     status: Status = "error" if part[:1] == b"S" else "rejected"
     return Outcome(status=status, error=part[1:].decode("utf-8", "replace")[:200], ran=False)
 

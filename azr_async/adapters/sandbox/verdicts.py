@@ -1,12 +1,13 @@
 """What became of a run, from what was seen outside of it. Pure.
 
-A child's claim is believed only in a well-formed frame of a process that ended by itself with exit status 0, and even
-then only as data: its value is decoded with limits and written anew.
+A child's claim is taken only from a well-formed frame, and only as data: its value is decoded with limits and written
+anew. A process that did not end by itself with exit status 0 gets a verdict instead, for the input that it was at.
 """
 
 import os
 import signal
 from dataclasses import dataclass
+from typing import Final
 
 from azr_async.algorithm.values import read
 from azr_async.messages import Outcome
@@ -28,27 +29,37 @@ class Report:
     content: bytes
     """What it wrote: frames, perhaps."""
     is_over_limit: bool
-    """It wrote more than its results may take, and was killed for it."""
+    """It wrote more than its results may take; nobody read on, so that it could not end before its deadline."""
     was_killed: bool
     """At its wall deadline."""
     wait_status: int
     cpu_seconds: float
     wall_ms: float
 
+    @property
+    def was_forced(self) -> bool:
+        """It did not end by itself."""
+        return self.was_killed or os.WIFSIGNALED(self.wait_status)
+
+
+LOST: Final = Outcome(status="error", error="the process that ran it died, several times")
+"""Says nothing about the program."""
+
 
 def outcomes_of(report: Report, count: int, limits: Limits) -> list[Outcome]:
     """The outcomes of the first inputs of a child that was given `count` >= 1 inputs; at least one, in order.
 
-    Where the child ended early, the input it was working on gets a verdict only if it was the first: a later one may
-    have suffered from those before it and is to be run again, first in a child of its own.
+    Limits are those of one input. So where the child ended early, the input that it was at gets a verdict only if it
+    was the first: a later one may have suffered from what those before it used up, and is to be run again, first in a
+    child of its own. The same holds for a later one that says it found no memory.
     """
     frames = _frames(report.content)
     wall_ms = report.wall_ms / max(len(frames), 1)
-    if _ended_well(report) and frames and len(frames) == count:
-        return [_outcome(frame, wall_ms) for frame in frames]
-    if frames and count > 1 and not report.is_over_limit:
-        return [_outcome(frame, wall_ms) for frame in frames[: count - 1]]
-    return [_verdict(report, limits.cpu_seconds)]
+    if not _ended_well(report) or len(frames) != count:
+        frames = [] if report.is_over_limit else frames[: count - 1]
+    short_of_memory = (place for place, frame in enumerate(frames) if place and frame[:1] == b"M")
+    frames = frames[: next(short_of_memory, len(frames))]
+    return [_outcome(frame, wall_ms) for frame in frames] or [_verdict(report, limits.cpu_seconds)]
 
 
 def _ended_well(report: Report) -> bool:
@@ -105,8 +116,10 @@ def _verdict(report: Report, cpu_limit_seconds: int) -> Outcome:
 
 def agreed(first: Outcome, second: Outcome) -> Outcome:
     """The verdict on two runs of one program on one input, in differently seeded processes."""
+    if LOST in (first, second):
+        return LOST
     if second.status in ("timeout", "memory"):
-        return second  # near its limit: it stays on the safe side of it in both runs, or it is over
+        return second  # near its limit: it stays on the safe side of it in every run, or it is over
     if first.status != second.status:
         return Outcome(
             status="nondeterministic", error=f"{first.status} once, then {second.status}", wall_ms=first.wall_ms

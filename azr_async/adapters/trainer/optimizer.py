@@ -6,10 +6,12 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from azr_async.adapters.trainer.sharding import from_first, scattered
 from azr_async.config import LearnerConfig
 from azr_async.errors import TrainingError
 
-STATE: Final = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS: Final = ("exp_avg", "exp_avg_sq")
+STATE: Final = ("step", *MOMENTS)
 
 
 def adamw(model: nn.Module, learner: LearnerConfig) -> torch.optim.AdamW:
@@ -44,15 +46,30 @@ def flat_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, 
 def restore_state(optimizer: torch.optim.Optimizer, model: nn.Module, flat: Mapping[str, Tensor]) -> None:
     """Take up `flat_state` again; an empty one is that of a fresh optimizer.
 
+    Collective when the weights are sharded: then it is rank 0's `flat` that counts.
+
     Raises:
         TrainingError: it is the state of another model.
     """
-    for name, parameter in model.named_parameters() if flat else ():
-        state = {key: flat[f"{name}/{key}"] for key in STATE if f"{name}/{key}" in flat}
-        if len(state) != len(STATE) or state["exp_avg"].shape != parameter.shape:
-            raise TrainingError(
-                f"the optimizer state of the checkpoint does not fit {name}. Resume with the model that wrote the "
-                "checkpoint, or start a new run from its folder with --model."
-            )
-        # A copy: the optimizer changes its state in place.
-        optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in state.items()}
+    parameters = dict(model.named_parameters())
+    misfit = next((name for name, parameter in parameters.items() if not _fits(name, parameter, flat)), None)
+    # What rank 0 finds, the others have to know before they join in.
+    verdict = from_first(torch.tensor([bool(flat), misfit is not None]), model)
+    if not verdict[0]:
+        return
+    if verdict[1]:
+        raise TrainingError(
+            f"the optimizer state of the checkpoint does not fit {misfit or 'the model'}. Resume with the model that "
+            "wrote the checkpoint, or start a new run from its folder with --model."
+        )
+    for name, parameter in parameters.items():
+        step = flat.get(f"{name}/step", torch.zeros(()))
+        optimizer.state[parameter] = {
+            "step": from_first(step.to(parameter.device, copy=True), model),
+            **{key: scattered(flat.get(f"{name}/{key}"), parameter) for key in MOMENTS},
+        }
+
+
+def _fits(name: str, parameter: Tensor, flat: Mapping[str, Tensor]) -> bool:
+    state = [flat.get(f"{name}/{key}") for key in STATE]
+    return all(value is not None for value in state) and flat[f"{name}/exp_avg"].shape == parameter.shape

@@ -26,12 +26,14 @@ def connect_ranks(config: Config) -> Accelerator:
     wires, weights = config.wires, config.weights
     longest_seconds = 2 * (wires.start_seconds + wires.step_seconds + weights.deadline_seconds) + GRACE_SECONDS
     is_cpu = config.placement.train_gpus == 0
+    # Weights that wait in the host's memory are reduced there.
+    backend = "cpu:gloo,cuda:nccl" if config.learner.cpu_offload and not is_cpu else None
     try:
         return Accelerator(
             cpu=is_cpu,
             mixed_precision="bf16" if config.model.precision == "bfloat16" and not is_cpu else "no",
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(seconds=longest_seconds)),
+                InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=longest_seconds)),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )

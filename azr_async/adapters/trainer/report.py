@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from azr_async.adapters.trainer.policy import Chunk
+from azr_async.adapters.trainer.chunks import Chunk
 from azr_async.algorithm import losses
 from azr_async.algorithm.credit import CellStats
 from azr_async.messages import Cell
@@ -42,6 +42,8 @@ class StepReport:
     """With prompts and padding; a shared prompt counts once."""
     padding: float
     """Share of the computed tokens that is padding."""
+    idle: float
+    """Share of the ranks' time that they wait for the slowest of them, as planned; 0 on one rank."""
     seconds: float
 
 
@@ -54,6 +56,7 @@ class Plan:
     samples: int
     tokens: int
     padding: float
+    idle: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +103,7 @@ def step_report(
         computed_samples=sum(plan.samples for plan in plans),
         computed_tokens=sum(plan.tokens for plan in plans),
         padding=_mean([plan.padding for plan in plans]),
+        idle=_mean([plan.idle for plan in plans]),
         seconds=seconds,
     )
 

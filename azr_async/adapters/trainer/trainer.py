@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,22 +16,17 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 
+from azr_async.adapters.trainer.chunks import Chunk, chunk_of
 from azr_async.adapters.trainer.optimizer import adamw, flat_state, restore_state, warm_up
-from azr_async.adapters.trainer.policy import (
-    Chunk,
-    TokenPolicy,
-    can_share,
-    chunk_of,
-    refuse_unknown_head,
-    row_tokens,
-    rows_of,
-)
+from azr_async.adapters.trainer.plan import Planner, cost_of
+from azr_async.adapters.trainer.policy import SAME_NATS, TokenPolicy, can_pack, can_share, find_head
 from azr_async.adapters.trainer.ranks import lost_ranks_named
-from azr_async.adapters.trainer.report import Plan, StepReport, Update, step_report
-from azr_async.adapters.trainer.samples import Sample, checked_lags, credited, unrewarded
+from azr_async.adapters.trainer.report import StepReport, Update, step_report
+from azr_async.adapters.trainer.samples import checked_lags, credited, unrewarded
+from azr_async.adapters.trainer.sharding import is_sharded, offloads, shard, to_host, whole
 from azr_async.algorithm import losses
-from azr_async.algorithm.packing import pack, waste
 from azr_async.config import Config, LearnerConfig
 from azr_async.errors import TrainingError
 from azr_async.messages import RolloutBatch
@@ -40,30 +35,38 @@ log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """The learner's weights and their optimizer."""
+    """The learner's weights and their optimizer.
+
+    With sharded weights every method but the properties is collective: all ranks have to call it.
+    """
 
     def __init__(self, model: nn.Module, config: Config, accelerator: Accelerator, *, version: int = 0) -> None:
         self.version = version
         """Optimizer steps inside the weights."""
+        self.is_sharded = is_sharded(config, accelerator)
+        """Whether each rank has a part of the weights only."""
         self._config, self._accelerator = config, accelerator
         learner = config.learner
         self._objective = _objective(learner)
-        if learner.gradient_checkpointing:
-            body: Any = model
-            body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # eval() keeps dropout out, as the engines do; checkpointing only works in train().
-        self._policy = TokenPolicy(model.float()).train(learner.gradient_checkpointing).to(accelerator.device)
+        cost = cost_of(model)
+        self._policy, self._parallel = _policy_of(model, config, accelerator, sharded=self.is_sharded)
         self._optimizer = adamw(self._policy, learner)
-        is_alone = accelerator.num_processes == 1
-        self._parallel: Any = accelerator.prepare_model(self._policy, evaluation_mode=is_alone)
-        refuse_unknown_head(self._policy, self.device)
-        self._is_sharing = learner.share_prompts and can_share(self._policy, self.device)
-        if learner.share_prompts and not self._is_sharing:
-            log.warning("this architecture cannot share a prompt among completions; each gets a row of its own")
+        with lost_ranks_named(accelerator):
+            may_share, may_pack = _findings(self._policy, config, accelerator)
+        self._reshard()
+        self._planner = Planner(
+            learner=learner,
+            device=self.device,
+            rank=accelerator.process_index,
+            ranks=accelerator.num_processes,
+            cost=cost,
+            can_share=may_share,
+            can_pack=may_pack,
+        )
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where the weights are used."""
         return torch.device(self._accelerator.device)
 
     def train(self, batch: RolloutBatch) -> StepReport:
@@ -76,9 +79,9 @@ class Trainer:
         lag_n = checked_lags(batch, self.version, self._config)
         parts, cells = credited(batch, self._config)
         learning_rate = warm_up(self._optimizer, self._config.learner, self.version)
-        plans = [self._plan(part) for part in parts]
-        proximal = [self._recomputed(plan.chunks) for plan in plans]
+        plans = [self._planner.plan(part) for part in parts]
         with lost_ranks_named(self._accelerator):
+            proximal = [self._recomputed(plan.chunks) for plan in plans]
             updates = [self._update(plan.chunks, logp) for plan, logp in zip(plans, proximal, strict=True)]
         self.version += 1
         return step_report(
@@ -94,52 +97,59 @@ class Trainer:
 
     def score(self, sequences: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
         """Log-probabilities of every token but the first of each sequence, joined; nats, temperature 1."""
-        with torch.no_grad():
+        with torch.no_grad(), lost_ranks_named(self._accelerator):
             logp_N, _ = self._policy(chunk_of([[unrewarded(ids)] for ids in sequences], self.device))
+        self._reshard()
         return np.asarray(logp_N.float().cpu().numpy())
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights in `model.precision` under the names of a checkpoint; tied ones once."""
+        """Weights in `model.precision` under the names of a checkpoint; tied ones once.
+
+        Sharded ones are put together one after the other: at no time does a rank have all of them.
+        """
         precision = getattr(torch, self._config.model.precision)
-        for name, parameter in self._policy.model.named_parameters():
-            yield name, parameter.detach().to(precision)
+        with lost_ranks_named(self._accelerator):
+            for name, parameter in self._policy.model.named_parameters():
+                yield name, whole(parameter.detach().to(precision))
+
+    def model_state(self) -> dict[str, Tensor] | None:
+        """What a checkpoint must hold of the model, in the host's memory of rank 0, elsewhere empty.
+
+        None when the model has all of its weights itself.
+        """
+        if not self.is_sharded:
+            return None
+        with lost_ranks_named(self._accelerator):
+            return to_host(dict(self._policy.model.named_parameters()), keep=self._accelerator.is_main_process)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold for the next step to be the same; empty before the first step."""
-        return flat_state(self._optimizer, self._policy.model)
+        """What a checkpoint must hold for the next step to be the same; empty before the first step.
+
+        When sharded: in the host's memory of rank 0, elsewhere empty.
+        """
+        flat = flat_state(self._optimizer, self._policy.model)
+        if not self.is_sharded:
+            return flat
+        with lost_ranks_named(self._accelerator):
+            return to_host(flat, keep=self._accelerator.is_main_process)
 
     def load_optimizer_state(self, flat: Mapping[str, Tensor]) -> None:
-        """Take up `optimizer_state` again. Raises TrainingError when it is that of another model."""
-        restore_state(self._optimizer, self._policy.model, flat)
-
-    def _plan(self, samples: Sequence[Sample]) -> Plan:
-        learner = self._config.learner
-        busy = [sample for sample in samples if learner.entropy_weight or not sample.is_idle]
-        rows = rows_of(busy, learner.microbatch_tokens if self._is_sharing else 0)
-        lengths = [row_tokens(row) for row in rows]
-        plan = pack(lengths, limit_tokens=learner.microbatch_tokens, ranks=self._accelerator.num_processes)
-        mine = plan[self._accelerator.process_index]
-        chunks = [chunk_of([rows[member] for member in microbatch.members], self.device) for microbatch in mine]
-        # A rank without work still has to take part in the reduction of the gradients.
-        idle = [unrewarded(np.zeros(2, np.int32))]
-        return Plan(
-            chunks=chunks or [chunk_of([idle], self.device)],
-            samples=len(busy),
-            tokens=sum(microbatch.padded_tokens for microbatches in plan for microbatch in microbatches),
-            padding=waste(plan, lengths),
-        )
+        """Take up `optimizer_state` again, when sharded that of rank 0. Raises TrainingError for another model's."""
+        with lost_ranks_named(self._accelerator):
+            restore_state(self._optimizer, self._policy.model, flat)
 
     def _recomputed(self, chunks: Sequence[Chunk]) -> list[Tensor | None]:
         if self._config.learner.proximal != "recomputed":
             return [None] * len(chunks)
         with torch.no_grad():
-            return [self._policy(chunk)[0] for chunk in chunks]
+            recomputed: list[Tensor | None] = [self._policy(chunk)[0] for chunk in chunks]
+        self._reshard()
+        return recomputed
 
     def _update(self, chunks: Sequence[Chunk], proximal: Sequence[Tensor | None]) -> Update:
         sums, max_ratio = [], []
-        for chunk, recomputed_N in zip(chunks, proximal, strict=True):
-            is_last = chunk is chunks[-1]
-            with nullcontext() if is_last else self._accelerator.no_sync(self._parallel):
+        for number, (chunk, recomputed_N) in enumerate(zip(chunks, proximal, strict=True), start=1):
+            with self._reducing(is_last=number == len(chunks)):
                 chunk_sums, chunk_max = self._accumulate(chunk, recomputed_N)
             sums.append(chunk_sums)
             max_ratio.append(chunk_max)
@@ -147,7 +157,7 @@ class Trainer:
         if self._accelerator.num_processes > 1:
             distributed.all_reduce(total)
             distributed.all_reduce(largest, distributed.ReduceOp.MAX)
-        norm = nn.utils.clip_grad_norm_(self._policy.parameters(), self._config.learner.clip_norm).item()
+        norm = whole(nn.utils.clip_grad_norm_(self._policy.parameters(), self._config.learner.clip_norm)).item()
         loss, entropy, *measured = total.tolist()
         if not math.isfinite(norm) or not math.isfinite(loss):
             self._optimizer.zero_grad()
@@ -159,6 +169,18 @@ class Trainer:
         self._optimizer.zero_grad()
         named = dict(zip(losses.MEASURES, measured, strict=True))
         return Update(loss=loss, entropy=entropy, measures=named, max_ratio=largest.item(), grad_norm=norm)
+
+    def _reshard(self) -> None:
+        """After a forward pass without backward: what was put together for it is let go."""
+        if isinstance(self._policy, FSDPModule):
+            self._policy.reshard()
+
+    def _reducing(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Copies add up their gradients once, with the last micro-batch; parts at once, for they have no room."""
+        if is_last or self.is_sharded:
+            return nullcontext()
+        context: AbstractContextManager[None] = self._accelerator.no_sync(self._parallel)
+        return context
 
     def _accumulate(self, chunk: Chunk, recomputed_N: Tensor | None) -> tuple[Tensor, Tensor]:
         """Forward and backward of one micro-batch; its [2 + MEASURES] sums and its largest ratio."""
@@ -181,13 +203,48 @@ class Trainer:
         loss, is_cut_N = losses.surrogate_loss(logp_N, tokens, self._objective)
         if learner.entropy_weight:
             loss = loss - learner.entropy_weight * (chunk.weight_N * entropy_N).sum()
-        # DDP averages over the ranks; the loss is a sum over them.
+        # DDP and FSDP average over the ranks; the loss is a sum over them.
         self._accelerator.backward(loss * self._accelerator.num_processes)
         sums, largest = losses.measures(logp_N, chunk.behavior_logp_N, is_cut_N, tokens.is_trained)
         heads = torch.stack(
             [loss.detach().double(), torch.where(tokens.is_trained, entropy_N.detach(), 0.0).double().sum()]
         )
         return torch.cat([heads, sums]), largest
+
+
+def _policy_of(model: nn.Module, config: Config, accelerator: Accelerator, *, sharded: bool) -> tuple[TokenPolicy, Any]:
+    """The policy, and what is called in its place for the ranks to work together."""
+    learner = config.learner
+    if learner.gradient_checkpointing:
+        body: Any = model
+        body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # eval() keeps dropout out, as the engines do; checkpointing only works in train().
+    policy = TokenPolicy(model.float(), logits_mb=learner.logits_mb).train(learner.gradient_checkpointing)
+    if sharded:
+        dtype = _product_dtype(accelerator)
+        with lost_ranks_named(accelerator):
+            shard(policy, model, accelerator, dtype=dtype, offload=offloads(config, accelerator))
+        return policy, policy
+    policy = policy.to(accelerator.device)
+    return policy, accelerator.prepare_model(policy, evaluation_mode=accelerator.num_processes == 1)
+
+
+def _findings(policy: TokenPolicy, config: Config, accelerator: Accelerator) -> tuple[bool, bool]:
+    """Whether the model can share prompts in a row, and keep packed sequences apart; its head is set on the way."""
+    learner, device = config.learner, torch.device(accelerator.device)
+    same_nats = SAME_NATS[_product_dtype(accelerator)]
+    find_head(policy, device, same_nats=same_nats)
+    may_pack = learner.layout != "rows" and can_pack(policy, device, same_nats=same_nats)
+    if learner.layout != "rows" and not may_pack:
+        log.warning("this architecture cannot keep packed sequences apart; they go side by side, with padding")
+    may_share = learner.share_prompts and can_share(policy, device, same_nats=same_nats)
+    if learner.share_prompts and not may_share:
+        log.warning("this architecture cannot share a prompt among completions; each gets a row of its own")
+    return may_share, may_pack
+
+
+def _product_dtype(accelerator: Accelerator) -> torch.dtype:
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
 
 
 def _objective(learner: LearnerConfig) -> losses.Objective:

@@ -38,7 +38,7 @@ class EmbeddedEngine:
         *,
         slots: int,
         context_tokens: int,
-        on_new_weights: Literal["keep", "recompute"] = "keep",
+        on_new_weights: Literal["keep", "recompute", "restart"] = "keep",
     ) -> None:
         """Raises EngineError when the model cannot be served: the reason and what to do."""
         check_attention_span(model, context_tokens)
@@ -73,6 +73,13 @@ class EmbeddedEngine:
             self._waiting.add(job, prompt_ids)
 
     @torch.inference_mode()
+    def cancel(self, job_id: int) -> None:
+        """Drop what is left of a job."""
+        self._waiting.drop(job_id)
+        running = self._rows.sequence_S[: self._running]
+        self._close(np.array([row for row, sequence in enumerate(running) if sequence.job_id == job_id], np.int64))
+
+    @torch.inference_mode()
     def step(self) -> list[Completion]:
         """One token for every running sequence. Returns those that ended; raises EngineError for weights gone bad."""
         began_seconds = time.perf_counter()
@@ -102,6 +109,10 @@ class EmbeddedEngine:
         self.version = version
         if self._on_new_weights == "recompute":
             self._recompute()
+        if self._on_new_weights == "restart":
+            for sequence in self._rows.sequence_S[: self._running]:
+                self._waiting.put(sequence)
+            self._close(np.arange(self._running))
 
     @torch.inference_mode()
     def score(self, sequences: Many[Int32s]) -> NDArray[np.float32]:
@@ -155,15 +166,19 @@ class EmbeddedEngine:
         return {int(row): "stop" if is_end_B[row] else "length" for row in np.flatnonzero(is_end_B | is_full_B)}
 
     def _retire(self, ended: EndedRows) -> list[Completion]:
-        """Hand out what the ended rows hold, and close the holes they leave."""
-        if not ended:
-            return []
+        """Hand out what the ended rows hold, and close them."""
         completions = [self._rows.completion(row, finish, self._texts) for row, finish in ended.items()]
-        holes_B, movers_B = compaction(self._running, np.array(list(ended)))
-        self._running -= len(ended)
+        self._close(np.array(list(ended), np.int64))
+        return completions
+
+    def _close(self, rows_B: NDArray[np.int64]) -> None:
+        """Take rows out of the running ones."""
+        if len(rows_B) == 0:
+            return
+        holes_B, movers_B = compaction(self._running, rows_B)
+        self._running -= len(rows_B)
         self._rows.move(holes_B, movers_B)
         self._cache.compact(holes_B, movers_B, self._running, self._longest_cached())
-        return completions
 
     def _recompute(self) -> None:
         """Bring the cache of all running sequences up to the new weights."""

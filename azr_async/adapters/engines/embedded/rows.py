@@ -14,6 +14,7 @@ from azr_async.messages import Completion, Prompt
 class Sequence:
     """One sample that waits for a row or has one."""
 
+    priority: int
     job_id: int
     index: int
     prompt: Prompt

@@ -22,9 +22,10 @@ class Waiting:
         return len(self._heap)
 
     def add(self, job: GenerateJob, prompt_ids: NDArray[np.int32]) -> None:
-        """Queue all samples of a job. They share the prompt's array, by which `take` knows them again."""
-        for index, key in enumerate(stream_keys(job.seed, np.arange(job.samples))):
+        """Queue the wanted samples of a job. They share the prompt's array, by which `take` knows them again."""
+        for index, key in zip(job.wanted, stream_keys(job.seed, np.array(job.wanted)), strict=True):
             sequence = Sequence(
+                priority=job.priority,
                 job_id=job.job_id,
                 index=index,
                 prompt=job.prompt,
@@ -34,7 +35,16 @@ class Waiting:
                 top_p=job.top_p,
                 key=key,
             )
-            heapq.heappush(self._heap, (job.priority, job.job_id, next(self._tickets), sequence))
+            self.put(sequence)
+
+    def put(self, sequence: Sequence) -> None:
+        """Queue one sequence."""
+        heapq.heappush(self._heap, (sequence.priority, sequence.job_id, next(self._tickets), sequence))
+
+    def drop(self, job_id: int) -> None:
+        """Forget the sequences of a job."""
+        self._heap = [entry for entry in self._heap if entry[1] != job_id]
+        heapq.heapify(self._heap)
 
     def take(self, most: int) -> list[list[Sequence]]:
         """The up to `most` sequences that go first, grouped by prompt."""

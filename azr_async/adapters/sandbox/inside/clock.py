@@ -1,23 +1,39 @@
-"""Another time of day for the second of two runs, so that a program that looks at it answers differently."""
+"""Another time of day for all but the first of the runs that must agree: what looks at it answers differently."""
 
 import sys
 import time
 from typing import Final
 
-SHIFT_SECONDS: Final = 123_456_789.0
-"""Nearly four years: no field of a date stays the same but by chance."""
+_DAY: Final = 86_400
+_SHIFTS: Final = (
+    0,
+    1009 * _DAY + 12 * 3600 + 61,  # other half of the day, other day of the week, other parity of minute and second
+    2023 * _DAY + 7 * 3600 + 122,
+    2744 * _DAY + 17 * 3600 + 1807,
+    3391 * _DAY + 5 * 3600 + 961,
+)
+"""Seconds by flavour. A pair of shifts may leave some field of a date alone; all of them together leave none."""
 
 
-def shift_clock() -> None:
+def shift_clock(flavour: int) -> None:
     """Move what `time` and `datetime` call now. Before `datetime` is imported: its C version cannot be moved."""
+    seconds_ahead = _SHIFTS[flavour % len(_SHIFTS)]
     sys.modules["_datetime"] = None  # type: ignore[assignment]  # the pure Python version asks `time.time`
     now, gmtime, localtime, strftime = time.time, time.gmtime, time.localtime, time.strftime
 
+    now_of_clock, now_of_clock_ns = time.clock_gettime, time.clock_gettime_ns
+
     def shifted_time() -> float:
-        return now() + SHIFT_SECONDS
+        return now() + seconds_ahead
 
     def shifted_time_ns() -> int:
         return int(shifted_time() * 1e9)
+
+    def shifted_clock_gettime(clock: int) -> float:
+        return now_of_clock(clock) + seconds_ahead
+
+    def shifted_clock_gettime_ns(clock: int) -> int:
+        return now_of_clock_ns(clock) + seconds_ahead * 10**9
 
     def shifted_gmtime(seconds: float | None = None) -> time.struct_time:
         return gmtime(shifted_time() if seconds is None else seconds)
@@ -35,5 +51,6 @@ def shift_clock() -> None:
         return shifted_asctime(shifted_localtime(seconds))
 
     time.time, time.time_ns = shifted_time, shifted_time_ns
+    time.clock_gettime, time.clock_gettime_ns = shifted_clock_gettime, shifted_clock_gettime_ns
     time.gmtime, time.localtime = shifted_gmtime, shifted_localtime  # type: ignore[assignment]
     time.strftime, time.asctime, time.ctime = shifted_strftime, shifted_asctime, shifted_ctime  # type: ignore[assignment]

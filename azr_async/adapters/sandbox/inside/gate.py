@@ -1,33 +1,38 @@
 """Which programs are refused before they run. Policy and clean training data; the operating system is the wall."""
 
 import ast
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
-HIDDEN_NAMES: Final = frozenset({"__import__", "__builtins__", "__loader__", "__spec__", "__build_class__"})
+VARS: Final = "__vars__"
+"""The builtin that stands for reading `__dict__` (`read_dicts_by_vars`)."""
+HIDDEN_NAMES: Final = frozenset({"__import__", "__builtins__", "__loader__", "__spec__", "__build_class__", VARS})
 
 _INTO_THE_INTERPRETER: Final = """
     tb_frame tb_next f_back f_builtins f_code f_globals f_locals f_trace co_code co_consts gi_frame gi_code gi_yieldfrom
     cr_await cr_frame cr_code cr_origin ag_frame ag_code ag_await
 """
 """Frames, code objects and generators lead from a program's own objects into the code that runs it."""
-_HELD_MODULES: Final = "sys _sys os _os builtins _builtins importlib codecs _thread _imp"
-"""Modules that nobody may import, but that allowed modules happen to hold."""
-HIDDEN_ATTRIBUTES: Final = frozenset(f"{_INTO_THE_INTERPRETER} {_HELD_MODULES}".split())
+HIDDEN_ATTRIBUTES: Final = frozenset(_INTO_THE_INTERPRETER.split())
 
 _SPECIAL_METHODS: Final = """
     init new name len eq lt le gt ge ne repr str bytes format hash iter next reversed doc post_init getitem setitem
     delitem contains missing call enter exit bool int float complex index round trunc floor ceil abs neg pos invert
     add sub mul truediv floordiv mod divmod pow matmul lshift rshift and or xor radd rsub rmul rtruediv rfloordiv
     rmod rpow rand ror rxor rlshift rrshift iadd isub imul itruediv ifloordiv imod ipow iand ior ixor copy deepcopy
-    slots annotations match_args set_name length_hint
+    slots annotations match_args set_name length_hint class qualname setattr delattr getattr init_subclass
+    instancecheck subclasscheck class_getitem wrapped
 """
 SPECIAL_METHODS: Final = frozenset(f"__{name}__" for name in _SPECIAL_METHODS.split())
 
+_DIFFERENT_EVERYWHERE: Final = frozenset({"set", "frozenset", "hash", "id"})
+_CLOCKS: Final = frozenset({"time", "datetime", "calendar"})
+_MAYBE_DOUBTFUL: Final = frozenset({ast.Set, ast.SetComp, ast.Name, ast.BinOp, ast.Import, ast.ImportFrom})
 
-def refusal(tree: ast.AST, allowed_imports: Collection[str]) -> str | None:
-    """Why the program is refused, or None."""
-    for node in ast.walk(tree):
+
+def refusal(nodes: Iterable[ast.AST], allowed_imports: Collection[str]) -> str | None:
+    """Why a program of these nodes is refused, or None."""
+    for node in nodes:
         reason = _refusal_of(node, allowed_imports)
         if reason is not None:
             return reason
@@ -39,17 +44,69 @@ def is_hidden_attribute(name: str) -> bool:
     return name in HIDDEN_ATTRIBUTES or (name.startswith("__") and name.endswith("__") and name not in SPECIAL_METHODS)
 
 
+def is_doubtful(nodes: Iterable[ast.AST]) -> bool:
+    """Whether what comes out may hang on the order of a set, a hash, an address or a clock.
+
+    Such a dependence is often one between two outcomes, which two runs find only every other time.
+    """
+    return any(_makes_doubtful(node) for node in nodes if type(node) in _MAYBE_DOUBTFUL)
+
+
+def read_dicts_by_vars(nodes: Sequence[ast.AST]) -> None:
+    """Have each reading of `x.__dict__` call `VARS` instead, which keeps hidden attributes back. Parents come first."""
+    for node in reversed(nodes):
+        for field, child in ast.iter_fields(node):
+            if isinstance(child, list):
+                child[:] = [_by_vars(item) for item in child]
+            else:
+                setattr(node, field, _by_vars(child))
+
+
+def _by_vars(child: object) -> object:
+    match child:
+        case ast.Attribute(attr="__dict__", ctx=ast.Load(), value=owner):
+            place = {"lineno": child.lineno, "col_offset": child.col_offset}
+            return ast.Call(ast.Name(VARS, ast.Load(), **place), [owner], [], **place)
+    return child
+
+
+def _makes_doubtful(node: ast.AST) -> bool:
+    match node:
+        case ast.Name(id=name):
+            return name in _DIFFERENT_EVERYWHERE
+        case ast.Set() | ast.SetComp():
+            return True
+        case ast.BinOp(op=ast.BitAnd() | ast.BitOr() | ast.BitXor() | ast.Sub(), left=left, right=right):
+            return _is_view(left) or _is_view(right)
+        case ast.Import(names=names):
+            return any(alias.name in _CLOCKS for alias in names)
+        case ast.ImportFrom(module=module):
+            return module in _CLOCKS
+    return False
+
+
+def _is_view(node: ast.expr) -> bool:
+    """Whether this is `x.keys()` or `x.items()`, which make sets when they are combined."""
+    match node:
+        case ast.Call(func=ast.Attribute(attr="keys" | "items")):
+            return True
+    return False
+
+
 def _refusal_of(node: ast.AST, allowed_imports: Collection[str]) -> str | None:
     match node:
-        case ast.Attribute(attr=name) if is_hidden_attribute(name):
+        case ast.Attribute(attr=name) if is_hidden_attribute(name) and name != "__dict__":
             return f"attribute {name} is not allowed"
         case ast.Name(id=name) if name in HIDDEN_NAMES:
             return f"name {name} is not allowed"
-        case ast.Import(names=names):
-            modules = [alias.name for alias in names]
-        case ast.ImportFrom(module=module, names=names, level=level):
+        case ast.MatchClass(kwd_attrs=names):
+            hidden = [name for name in names if is_hidden_attribute(name)]
+            return f"attribute {hidden[0]} is not allowed" if hidden else None
+        case ast.Import(names=aliases):
+            modules = [alias.name for alias in aliases]
+        case ast.ImportFrom(module=module, names=aliases, level=level):
             modules = ["." * level + (module or "")]
-            for alias in names:
+            for alias in aliases:
                 if is_hidden_attribute(alias.name):
                     return f"import of {alias.name} is not allowed"
         case _:

@@ -36,7 +36,7 @@ class Options(TypedDict):
     result_bytes: int
     is_gated: bool
     flavour: int
-    """0 or 1: processes of different flavours differ in everything that a deterministic program must not see."""
+    """0, 1, ..: processes of different flavours differ in everything that a deterministic program must not see."""
     fds: list[int]
     """The inherited descriptors that become 3, 4, ..."""
     parent: int

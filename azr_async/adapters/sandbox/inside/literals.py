@@ -34,7 +34,10 @@ def literal_value(node: ast.expr) -> Plain:
             return {literal_value(key): literal_value(item) for key, item in zip(keys, items, strict=True) if key}
         case ast.UnaryOp(op=ast.UAdd() | ast.USub() as sign, operand=operand):
             number = _number(operand)
-            return +number if isinstance(sign, ast.UAdd) else -number
+            if isinstance(sign, ast.UAdd):
+                return number
+            # Without the negative zero that -(1j) has, since a complex number with one has no encoding.
+            return 0 - number if isinstance(number, complex) else -number
         case ast.BinOp(left=left, op=ast.Add() | ast.Sub() as sign, right=ast.Constant(value=complex() as imaginary)):
             real = _number(left)
             return real + imaginary if isinstance(sign, ast.Add) else real - imaginary

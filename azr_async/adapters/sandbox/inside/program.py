@@ -3,22 +3,19 @@
 Whatever this module says about the outcome is a claim: the program shares its process and can change anything here.
 """
 
-import builtins
 import marshal
 import sys
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
-from azr_async.adapters.sandbox.inside.gate import is_hidden_attribute
 from azr_async.adapters.sandbox.inside.wire import ARGUMENTS
 from azr_async.algorithm.values import TooLarge, Unanswerable, encode_in_order
 
 Namespace = dict[str, Any]
 
 MODULE_NAME: Final = "__program__"
-_ABSENT: Final = "open input breakpoint exit quit help eval exec compile copyright credits license __loader__ __spec__"
-ABSENT_BUILTINS: Final = frozenset(_ABSENT.split())
+ERROR_BYTES: Final = 200
 
 
 class Stage:
@@ -46,27 +43,9 @@ class Stage:
         return module
 
 
-def builtin_names(allowed_imports: Collection[str]) -> Namespace:
-    """The builtins of a program: nothing that reaches files or the terminal, and only allowed imports."""
-    real_import, real_getattr = builtins.__import__, builtins.getattr
-
-    def guarded_import(name: str, *context: Any, **named: Any) -> types.ModuleType:  # noqa: ANN401
-        if name not in allowed_imports:
-            raise ImportError(f"import of {name} is not allowed")
-        return real_import(name, *context, **named)
-
-    def guarded_getattr(owner: object, name: str, *default: object) -> object:
-        if type(name) is str and is_hidden_attribute(name):
-            raise AttributeError(f"attribute {name} is not allowed")
-        return real_getattr(owner, name, *default)
-
-    names = {name: value for name, value in vars(builtins).items() if name not in ABSENT_BUILTINS}
-    return names | {"__import__": guarded_import, "getattr": guarded_getattr}
-
-
 def _claim(code: bytes, argument: bytes, namespace: Namespace, result_bytes: int) -> bytes:
     try:
-        exec(marshal.loads(code), namespace)
+        exec(marshal.loads(code[1:]), namespace)
         arguments, named = _arguments(argument, namespace)
         text = encode_in_order(namespace["f"](*arguments, **named))
     except MemoryError:
@@ -74,16 +53,26 @@ def _claim(code: bytes, argument: bytes, namespace: Namespace, result_bytes: int
     except TooLarge as error:
         return b"L" + str(error).encode()
     except Unanswerable as error:
-        return b"E" + f"unanswerable: {error}".encode("utf-8", "backslashreplace")[:200]
+        return b"E" + f"unanswerable: {error}".encode("utf-8", "backslashreplace")[:ERROR_BYTES]
     except BaseException as error:
-        return b"E" + str(type(error).__name__).encode("utf-8", "backslashreplace")[:200]
+        return b"E" + _in_a_line(error)
     if len(text) > result_bytes:
         return b"L" + f"{len(text)} bytes, {result_bytes} are allowed".encode()
     return b"V" + text.encode()
 
 
+def _in_a_line(error: BaseException) -> bytes:
+    """The error's name and the first line of what it says, as the traceback would end."""
+    name = str(type(error).__name__)
+    try:
+        text = str(error).partition("\n")[0]
+    except BaseException:  # the program's own class may do anything
+        text = ""
+    return (f"{name[:80]}: {text}" if text else name).encode("utf-8", "backslashreplace")[:ERROR_BYTES]
+
+
 def _arguments(argument: bytes, namespace: Namespace) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    content = marshal.loads(argument[1:])
+    content = marshal.loads(argument[2:])
     if argument[:1] == b"A":
         arguments, named = content
         return arguments, named

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from functools import partial
 
 from azr_async.adapters.sandbox.inside import layers
 from azr_async.adapters.sandbox.inside.wire import write_frame
@@ -17,14 +18,16 @@ def main() -> None:
         layers.die_with(options["parent"])
         # Only now: a role imports what it needs, and no more.
         if role == "zygote":
-            from azr_async.adapters.sandbox.inside.zygote import main as serve
+            from azr_async.adapters.sandbox.inside.zygote import prepare
         else:
-            from azr_async.adapters.sandbox.inside.parser import main as serve
+            from azr_async.adapters.sandbox.inside.parser import prepare
         sys.path.remove(root)
-        serve(options)
+        message, serve = prepare(options)
     except Exception as error:
-        write_frame(layers.RESULT_FD, json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
-        os._exit(1)
+        message, serve = {"failed": f"{type(error).__name__}: {error}"}, partial(os._exit, 1)
+    # From here on the pool takes frames for answers: whatever fails now only ends this process.
+    write_frame(layers.RESULT_FD, json.dumps(message).encode())
+    serve()
 
 
 def _take_descriptors(fds: list[int]) -> None:

@@ -13,6 +13,10 @@ CHUNK_BYTES: Final = 1 << 16
 ARGUMENTS: Final = "__arguments__"
 """The function that a compiled input expression calls with the arguments."""
 
+SURE: Final = b"-"
+DOUBTFUL: Final = b"?"
+"""Marks of parsed texts: what comes of a doubtful one may hang on hashes or clocks."""
+
 
 def read_frame(fd: int) -> bytes | None:
     """The next frame's content; None at the end of the stream. Nobody sends a second frame before it is answered."""

@@ -7,31 +7,35 @@ pipe, one frame for each input.
 
 import builtins
 import gc
-import json
 import marshal
 import os
 import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from azr_async.adapters.sandbox.inside import layers
 from azr_async.adapters.sandbox.inside.canaries import CANARY, attempts
 from azr_async.adapters.sandbox.inside.clock import shift_clock
-from azr_async.adapters.sandbox.inside.program import Stage, builtin_names
-from azr_async.adapters.sandbox.inside.wire import ORDER, REPORT, read_frame, split_parts, write_frame
+from azr_async.adapters.sandbox.inside.library import builtin_names, guard_library
+from azr_async.adapters.sandbox.inside.program import Namespace, Stage
+from azr_async.adapters.sandbox.inside.wire import ORDER, REPORT, SURE, read_frame, split_parts, write_frame
 
 STRAGGLER_SECONDS: Final = 0.2
 STRAGGLER_NICENESS: Final = 5
 """Programs that take long give way to those that do not."""
 
 _CODECS: Final = """
-    ascii latin_1 utf_16 utf_32 unicode_escape raw_unicode_escape hex_codec rot_13 cp1252 cp437 koi8_r iso8859_15
+    ascii charmap latin_1 utf_7 utf_8 utf_8_sig utf_16 utf_16_be utf_16_le utf_32 utf_32_be utf_32_le unicode_escape
+    raw_unicode_escape hex_codec base64_codec rot_13 koi8_r koi8_u mac_roman mac_cyrillic
+    cp437 cp850 cp866 cp1250 cp1251 cp1252 cp1253 cp1254 iso8859_1 iso8859_2 iso8859_5 iso8859_7 iso8859_9 iso8859_15
 """
 _LARGE_CODECS: Final = "idna punycode shift_jis gbk big5 euc_jp euc_kr"
 """With libraries of their own. Every mapping makes each fork dearer, so they come only with the module `codecs`."""
-_IMPORTED_LATE: Final = ("collections.abc", "heapq", "inspect", "math", "weakref")
+_IMPORTED_LATE: Final = ("collections.abc", "copyreg", "heapq", "inspect", "math", "typing", "unicodedata", "weakref")
 """Modules that the standard library imports only when some function is called; a child could not open them."""
 
 _WARM_UP: Final = """
@@ -54,21 +58,26 @@ def f(x, y=None):
 """
 
 
-def main(options: layers.Options) -> None:
-    """Serve until the pool closes its end."""
-    if options["flavour"] == 1:
-        shift_clock()
+def prepare(options: layers.Options) -> tuple[layers.Report, Callable[[], None]]:
+    """Confine this process; the layers that hold it, and the function that serves until the pool closes its end."""
+    if options["flavour"] > 0:
+        shift_clock(options["flavour"])
     _import_what_programs_may_use(options["allowed_imports"])
-    names = builtin_names(frozenset(options["allowed_imports"])) if options["is_gated"] else dict(vars(builtins))
+    guarded_names = builtin_names(frozenset(options["allowed_imports"]))
+    if options["is_gated"]:
+        guard_library(guarded_names)
     report = layers.confine(options, filter_name="ZYGOTE")
     wall = layers.ChildWall(report)
     sys.stdin = None
     sys.stdout = sys.stderr = _Nowhere()
     sys.setrecursionlimit(1000)
-    _warm_up(options)
+    _warm_up(guarded_names, options["result_bytes"])
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
-    stage = Stage(names, options["result_bytes"])
-    write_frame(layers.RESULT_FD, json.dumps(report).encode())
+    stage = Stage(guarded_names if options["is_gated"] else dict(vars(builtins)), options["result_bytes"])
+    return report, partial(_serve, wall, stage)
+
+
+def _serve(wall: layers.ChildWall, stage: Stage) -> None:
     gc.collect()
     gc.freeze()
     while len(order := os.read(layers.CONTROL_FD, ORDER.size)) == ORDER.size:
@@ -129,19 +138,18 @@ def _import_what_programs_may_use(allowed_imports: list[str]) -> None:
     codecs = f"{_CODECS} {_LARGE_CODECS}" if "codecs" in allowed_imports else _CODECS
     names = [f"encodings.{codec}" for codec in codecs.split()]
     names += ["_strptime"] if {"time", "datetime"} & set(allowed_imports) else []
-    names += ["stringprep", "unicodedata"] if "codecs" in allowed_imports else []
+    names += ["stringprep"] if "codecs" in allowed_imports else []
     for name in [*allowed_imports, *_IMPORTED_LATE, *names]:
         __import__(name)
     for name in {"settrace", "setprofile", "_current_frames", "monitoring"} & set(vars(sys)):
         delattr(sys, name)  # with these a program could follow the code that writes its result
 
 
-def _warm_up(options: layers.Options) -> None:
+def _warm_up(names: Namespace, result_bytes: int) -> None:
     """Run a program through the path of every later one, so that children find their memory already touched."""
-    code = marshal.dumps(compile(_WARM_UP, "<program>", "exec"))
-    argument = b"A" + marshal.dumps((([3, 1, 2],), {}))
-    names = builtin_names({*options["allowed_imports"], "math", "collections"})
-    stage = Stage(names, options["result_bytes"])
+    code = SURE + marshal.dumps(compile(_WARM_UP, "<program>", "exec"))
+    argument = b"A" + SURE + marshal.dumps((([3, 1, 2],), {}))
+    stage = Stage(names | {"__import__": builtins.__import__}, result_bytes)
     for claim in (claim for _ in range(20) for claim in stage.claims(code, [argument])):
         if claim[:1] != b"V":
             raise RuntimeError(f"the warm-up program failed: {claim!r}")

@@ -1,0 +1,264 @@
+"""vLLM behind the same jobs, pushes and canaries as the embedded engine.
+
+vLLM runs in processes of its own; what happens there - batching, the key-value cache, receiving weights - is asked for
+through its public interface for asynchronous reinforcement learning, of which docs/architecture.md has the map.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from functools import lru_cache
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+from vllm import SamplingParams
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.inputs import TokensPrompt
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from azr_async.adapters.engines.jobs import check_job, refusals
+from azr_async.adapters.engines.texts import Texts
+from azr_async.errors import EngineError, RanksLost, WeightsError
+from azr_async.messages import Completion, GenerateJob, Int32s, JoinWeights
+
+OnNewWeights = Literal["keep", "recompute", "restart"]
+
+_PROMPTS_REMEMBERED: Final = 1024
+_FIRST_OF_ALL: Final = -(2**31)
+"""Priority of the canaries: nothing waits longer than they do."""
+
+
+class VllmEngine:
+    """Serves samples side by side; all methods belong to one event loop."""
+
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: frozenset[int],
+        *,
+        context_tokens: int,
+        on_new_weights: OnNewWeights,
+        weights_device: Literal["cpu", "cuda"],
+        deadline_seconds: float,
+    ) -> None:
+        """Args:
+        llm: as `options.engine_arguments` makes it.
+        tokenizer: the model's.
+        end_ids: tokens that end an answer.
+        context_tokens: longest prompt plus completion.
+        on_new_weights: what happens to running sequences: they go on with the key-value cache of the old weights
+            (`keep`), with one that the new weights recompute, or start again (`restart`).
+        weights_device: where weights are while they are broadcast.
+        deadline_seconds: for everything that vLLM is asked to do about weights.
+        """
+        self.generated_tokens = 0
+        self._llm, self._context_tokens, self._deadline_seconds = llm, context_tokens, deadline_seconds
+        self._on_new_weights, self._weights_device = on_new_weights, weights_device
+        self._texts = Texts(tokenizer, end_ids)
+        self._prompt_ids = lru_cache(_PROMPTS_REMEMBERED)(self._texts.prompt_ids)  # all samples of a job have one
+        self._version = 0
+        self._numbers = itertools.count()
+        self._busy = _Stopwatch()
+
+    @property
+    def busy_seconds(self) -> float:
+        """Total so far: wall time in which something was being generated."""
+        return self._busy.seconds()
+
+    def refused(self, job: GenerateJob) -> list[Completion]:
+        """The answers to a job that leaves no room for its completions; none if it does.
+
+        Raises EngineError when the job makes no sense.
+        """
+        check_job(job)
+        has_room = len(self._prompt_ids(job.prompt)) + job.max_tokens <= self._context_tokens
+        return [] if has_room else refusals(job)
+
+    async def sample(self, job: GenerateJob, index: int) -> Completion:
+        """Sample number `index` of a job. Raises EngineError when vLLM fails, CancelledError after `cancel`."""
+        prompt_ids = self._prompt_ids(job.prompt)
+        parameters = self._parameters(job)
+        output = None
+        with self._busy.running():
+            while output is None or output.finish_reason == "abort":
+                ended = await self._generate(prompt_ids, parameters, priority=job.priority)
+                output = ended.outputs[0]
+        self.generated_tokens += len(output.token_ids)
+        return self._completion(job, index, prompt_ids, output)
+
+    async def join(self, order: JoinWeights) -> None:
+        """Become ranks of a weight group. Raises RanksLost naming who did not come."""
+        init_info = {
+            "host": order.host,
+            "port": order.port,
+            "group": order.group,
+            "first_rank": order.rank,
+            "world_size": order.world_size,
+            "device": self._weights_device,
+            "deadline_seconds": self._deadline_seconds,
+        }
+        async with self._asked_to("join a weight group", else_raise=RanksLost):
+            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def update(self, version: int) -> float:
+        """Take part in the broadcast of `version` and sample with it from now on; seconds without sampling.
+
+        Raises:
+            RanksLost: the broadcast did not come to its end. Where weights go through the host's memory, sampling goes
+                on with the old ones; between GPUs some are overwritten, and it waits until a later update succeeds.
+            WeightsError: vLLM did not answer, or what came does not fill the model.
+        """
+        began_seconds = time.perf_counter()
+        async with self._asked_to(f"pause for version {version}", else_raise=WeightsError):
+            await self._llm.pause_generation(
+                mode="abort" if self._on_new_weights == "restart" else "keep",
+                clear_cache=self._on_new_weights != "keep",
+            )
+            await self._llm.start_weight_update()
+        try:
+            async with self._asked_to(f"receive version {version}", else_raise=RanksLost):
+                await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"version": version}))
+        except RanksLost:
+            if self._weights_device == "cpu":
+                await self._llm.resume_generation()
+            raise
+        async with self._asked_to(f"use version {version}", else_raise=WeightsError):
+            await self._llm.finish_weight_update(weight_version=str(version))
+            self._version = version
+            await self._llm.resume_generation()
+        return time.perf_counter() - began_seconds
+
+    async def score(self, sequences: Sequence[Int32s]) -> NDArray[np.float32]:
+        """Log-probabilities of all tokens but the first of each sequence, joined; nats, untempered."""
+        scored = await asyncio.gather(*(self._score(ids) for ids in sequences))
+        return np.concatenate([np.zeros(0, np.float32), *scored])
+
+    def close(self) -> None:
+        """End vLLM and its processes; samples under way fail."""
+        self._llm.shutdown()
+
+    @asynccontextmanager
+    async def _asked_to(self, do: str, *, else_raise: type[WeightsError]) -> AsyncIterator[None]:
+        """Whatever vLLM raises, or that it does not answer, as one error that names what it was to do."""
+        try:
+            async with asyncio.timeout(2 * self._deadline_seconds):
+                yield
+        except TimeoutError:
+            raise WeightsError(
+                f"vLLM did not {do} within twice weights.deadline_seconds. Look into this worker's log; raise the "
+                "deadline if it was only slow."
+            ) from None
+        except EngineDeadError as error:
+            raise WeightsError(
+                f"vLLM's engine process died when it was to {do}. Look into this worker's log."
+            ) from error
+        except Exception as error:
+            raise else_raise(f"vLLM could not {do}: {error}") from error
+
+    async def _score(self, ids: Int32s) -> NDArray[np.float32]:
+        parameters = SamplingParams(
+            temperature=1.0, max_tokens=1, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False
+        )
+        ended = await self._generate(ids, parameters, priority=_FIRST_OF_ALL)
+        logprobs: Any = ended.prompt_logprobs
+        if logprobs is None or len(logprobs) != len(ids):
+            raise EngineError("vLLM scored no canary tokens. Install the vLLM that pyproject.toml names.")
+        return np.array([logprobs[n][int(ids[n])].logprob for n in range(1, len(ids))], np.float32)
+
+    async def _generate(self, prompt_ids: Int32s, parameters: SamplingParams, *, priority: int) -> RequestOutput:
+        """One request, in whatever way it ends; leaving early aborts it."""
+        # Sequences that start under other weights share no cached prompt.
+        prompt = TokensPrompt(prompt_token_ids=prompt_ids.tolist(), cache_salt=str(self._version))
+        ended: RequestOutput | None = None
+        try:
+            async for output in self._llm.generate(prompt, parameters, str(next(self._numbers)), priority=priority):
+                ended = output
+        except EngineDeadError as error:
+            raise EngineError(
+                "vLLM's engine process has died. The end of this worker's log says why; memory is the usual reason: "
+                "lower engine.slots, engine.context_tokens or engine.memory_share."
+            ) from error
+        if ended is None:
+            raise EngineError("vLLM ended a request without an answer. Look into this worker's log.")
+        return ended
+
+    def _parameters(self, job: GenerateJob) -> SamplingParams:
+        # No seed of its own: a batch's numerics depend on who else is in it, so one would reproduce nothing, and it
+        # makes vLLM draw row by row.
+        return SamplingParams(
+            temperature=job.temperature,
+            top_p=job.top_p,
+            max_tokens=job.max_tokens,
+            logprobs=0,
+            stop=list(job.prompt.stop),
+            include_stop_str_in_output=True,
+            stop_token_ids=sorted(self._texts.end_ids),
+            detokenize=bool(job.prompt.stop),
+            skip_special_tokens=not job.prompt.keep_special_tokens,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _completion(self, job: GenerateJob, index: int, prompt_ids: Int32s, output: CompletionOutput) -> Completion:
+        token_ids = np.asarray(output.token_ids, np.int32)
+        logprobs: Any = output.logprobs or ()
+        logp = np.array([one[token].logprob for one, token in zip(logprobs, output.token_ids, strict=True)], np.float32)
+        if not np.isfinite(logp).all():
+            raise EngineError(
+                f"the model's weights of version {self._version} give log-probabilities that are not finite. "
+                "Lower learner.learning_rate or learner.clip_norm, and resume from a checkpoint before this version."
+            )
+        return Completion(
+            job_id=job.job_id,
+            index=index,
+            finish="length" if output.finish_reason == "length" else "stop",
+            text=self._texts.completion_text(job.prompt, token_ids),
+            prompt_ids=prompt_ids,
+            token_ids=token_ids,
+            behavior_logp=logp,
+            token_version=_token_versions(output, len(token_ids)),
+        )
+
+
+def _token_versions(output: CompletionOutput, count: int) -> NDArray[np.int32]:
+    """[T] the version that sampled each token, as vLLM attests it in contiguous spans."""
+    version_T = np.full(count, -1, np.int32)
+    for span in output.weight_versions or ():
+        version_T[span.start : span.end] = int(span.version)
+    if count and version_T.min() < 0:
+        raise EngineError("vLLM did not say which weights sampled a token. Install the vLLM that pyproject.toml names.")
+    return version_T
+
+
+class _Stopwatch:
+    """Wall time in which at least one of many overlapping things was going on."""
+
+    def __init__(self) -> None:
+        self._total_seconds = 0.0
+        self._running = 0
+        self._since_seconds = 0.0
+
+    def seconds(self) -> float:
+        """Total so far."""
+        going_on = time.perf_counter() - self._since_seconds if self._running else 0.0
+        return self._total_seconds + going_on
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """One thing goes on inside of the block."""
+        if self._running == 0:
+            self._since_seconds = time.perf_counter()
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+            if self._running == 0:
+                self._total_seconds += time.perf_counter() - self._since_seconds

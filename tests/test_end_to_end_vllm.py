@@ -1,0 +1,52 @@
+"""A whole run on vLLM, as a user starts it. Skipped where vLLM is not installed."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from tests.test_end_to_end import SMALL, Start, lines, processes_of, start  # noqa: F401 - a fixture
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None,
+        reason="vLLM is not installed; README.md has the line for its CPU build",
+    ),
+]
+
+
+def test_vllm_streams_takes_weights_in_flight_and_leaves_nothing(tmp_path: Path, start: Start) -> None:  # noqa: F811
+    output = tmp_path / "run"
+    process = start(
+        *("--output", str(output), *SMALL, "--engine", "vllm", "--steps", "4", "--max-lag", "1"),
+        *("--engine.on-new-weights", "recompute", "--evaluation.proposals", "3"),
+    )
+    _, error = process.communicate(timeout=270.0)
+    assert process.returncode == 0, error + (output / "logs" / "inference-0.log").read_text()[-3000:]
+    metrics = lines(output)
+    assert [line["version"] for line in metrics] == [0, 1, 2, 3, 4]
+    assert all(line["lag"]["max"] <= line["lag"]["bound"] == 1 for line in metrics)
+    assert all(line["weights"]["canary_max_logp_error"] < 1e-4 for line in metrics)
+    assert sum(line["samples"].get("spanning", 0) for line in metrics) > 0, "no sequence met a push"
+    assert processes_of(output) == []
+
+
+def test_vllms_processes_do_not_outlive_their_worker(tmp_path: Path, start: Start) -> None:  # noqa: F811
+    output = tmp_path / "run"
+    process = start(
+        *("--output", str(output), *SMALL, "--engine", "vllm", "--steps", "100", "--evaluation.suite", "none"),
+        *("--max-restarts", "0"),
+    )
+    assert process.stdout is not None
+    for line in process.stdout:  # ends with the process, which pytest-timeout bounds
+        if line.startswith("step 1/"):
+            break
+    ours = [other for other in processes_of(output) if "--index" in other.cmdline()]
+    titles = [" ".join(other.cmdline()) for other in processes_of(output)]
+    assert any("inference-0 of" in title and "EngineCore" in title for title in titles), titles
+    for worker in ours:
+        worker.kill()
+    process.communicate(timeout=120.0)
+    assert process.returncode == 1
+    assert processes_of(output) == []
