@@ -242,7 +242,7 @@ class LibraryConfig(Section):
     """The valid tasks that self-play has found."""
 
     capacity: PositiveInt = 16384
-    """Most tasks kept per kind; the oldest and most used go first."""
+    """Most tasks kept per kind; those that teach least go first: used often, solved always or never, old."""
 
     seed_tasks: PositiveInt = 64
     """Tasks per kind that the untrained policy proposes before the first step."""

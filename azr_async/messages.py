@@ -256,6 +256,23 @@ class WeightsReady:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StateRequest:
+    """learner -> self-play. Say how a run can go on with weights of `version`, the newest that are installed."""
+
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelfPlayState:
+    """self-play -> learner, which files it in the checkpoint of `version`; learner -> self-play, before the first
+    WeightsReady of a run that goes on from there."""
+
+    version: int
+    state: str
+    """JSON (`programs/standing.py`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationRequest:
     """learner -> self-play. Judge the held-out suite greedily; weights stay at `version` until the answer."""
 
@@ -281,6 +298,8 @@ class PushWeights:
     """learner -> worker. Join the broadcast of `version` now."""
 
     version: int
+    group: int
+    """The broadcast group that it comes through."""
     canary_ids: tuple[Int32s, ...]
     """Fixed token sequences to score with the new weights."""
 
@@ -295,6 +314,8 @@ class WeightsInstalled:
     """Log-probabilities of every canary token but the first of each sequence, joined; nats."""
     pause_seconds: float
     """Time in which this worker sampled nothing because of the push."""
+    group: int
+    """Of the order that this answers: the same version may be pushed again through another group."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -339,6 +360,8 @@ Message = (
     | BatchRequest
     | RolloutBatch
     | WeightsReady
+    | StateRequest
+    | SelfPlayState
     | EvaluationRequest
     | EvaluationResult
     | PushWeights

@@ -1,6 +1,6 @@
 """What stages and programs may ask of the world. Each adapter fulfils one of these."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Protocol, Self, TypeVar
 
 from azr_async.errors import ChannelClosed, PeerVanished
@@ -84,5 +84,14 @@ class Dialogue(Protocol):
 class Journal(Protocol):
     """Durable record of the valid tasks."""
 
-    async def add(self, problem: Problem, *, version: int) -> None:
-        """Keep a task that was found under weights of `version`; a killed process does not lose it."""
+    async def add(
+        self, problem: Problem, *, version: int, group_id: int | None = None, parents: Collection[Problem] = ()
+    ) -> None:
+        """Keep a task; once this has returned, neither a killed process nor a power cut loses it.
+
+        Args:
+            problem: the task. One that is known already stays as it is.
+            version: newest weights when it was found.
+            group_id: of the group that found it; None: it was given.
+            parents: the tasks that its proposer was shown.
+        """

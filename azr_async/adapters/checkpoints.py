@@ -3,6 +3,7 @@
 checkpoints/step-000120/
     config.json, model.safetensors, tokenizer...   `AutoModelForCausalLM.from_pretrained` reads them
     optimizer.safetensors                           AdamW's state and torch's random state
+    selfplay.json                                   how self-play goes on; missing where nobody has said it
     resume.json                                     step, version, and what the learner adds
     manifest.json                                   size and SHA-256 of each file above
 """
@@ -30,6 +31,7 @@ from azr_async.errors import AzrError, CheckpointError
 MANIFEST_FILE: Final = "manifest.json"
 OPTIMIZER_FILE: Final = "optimizer.safetensors"
 RESUME_FILE: Final = "resume.json"
+SELF_PLAY_FILE: Final = "selfplay.json"
 RANDOM_STATE: Final = "torch random state"
 FORMAT: Final = 1
 
@@ -48,6 +50,8 @@ class Resume:
     optimizer: Mapping[str, Tensor]
     random_state: Tensor
     extra: Mapping[str, float]
+    self_play: str
+    """How self-play goes on; empty where nobody has said it."""
 
 
 def save(
@@ -60,11 +64,13 @@ def save(
     optimizer: Mapping[str, Tensor],
     keep: int,
     extra: Mapping[str, float],
+    self_play: str = "",
     weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `root/step-NNNNNN` whole or not at all, then delete all up to it but the `keep` newest.
 
     Args:
+        self_play: what self-play has told of itself for these weights.
         weights: of the model, by name, tied ones once, when it holds only a part of them itself.
 
     Returns the folder.
@@ -80,6 +86,8 @@ def save(
         model.save_pretrained(draft, state_dict=None if weights is None else dict(weights))
         tokenizer.save_pretrained(draft)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, draft / OPTIMIZER_FILE)
+        if self_play:
+            (draft / SELF_PLAY_FILE).write_text(self_play, encoding="utf-8")
         _write_json(draft / RESUME_FILE, {"format": FORMAT, "step": step, "version": version, "extra": dict(extra)})
         files = {path.name: _fingerprint(path) for path in sorted(draft.iterdir())}
         _write_json(draft / MANIFEST_FILE, {"format": FORMAT, "files": files})
@@ -107,6 +115,7 @@ def load(folder: Path) -> Resume:
     verify(folder)
     resume = json.loads((folder / RESUME_FILE).read_text(encoding="utf-8"))
     state = load_file(folder / OPTIMIZER_FILE)
+    self_play = folder / SELF_PLAY_FILE
     return Resume(
         folder=folder,
         step=resume["step"],
@@ -114,6 +123,7 @@ def load(folder: Path) -> Resume:
         random_state=state.pop(RANDOM_STATE),
         optimizer=state,
         extra=resume["extra"],
+        self_play=self_play.read_text(encoding="utf-8") if self_play.exists() else "",
     )
 
 

@@ -6,11 +6,14 @@ therefore with the random draws that it had, and what that worker sends all the 
 """
 
 import heapq
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from azr_async.messages import GenerateJob
+
+REMEMBERED: Final = 10_000
+"""More samples than are made at a time: what was taken from a worker comes soon, or never."""
 
 
 @dataclass(slots=True)
@@ -26,18 +29,20 @@ class Lease:
 class Leases:
     """Which worker gets which samples next, and what it owes."""
 
-    def __init__(self) -> None:
+    def __init__(self, remembered: int = REMEMBERED) -> None:
+        """So many of the samples that were last taken from workers are told apart when they come all the same."""
         self.room: dict[str, float] = {}
         """By worker: samples that it may still get. The job that makes this negative is its last one for now."""
         self.late = 0
         """Samples that came from a worker from which they had been taken: too slow, lost, or nobody waits for them."""
         self.unknown = 0
-        """Samples that came although the worker never had them, or twice."""
+        """Samples that came although the worker never had them, or twice, or that were taken from it long ago."""
         self.reissued = 0
         """Samples that were taken from a worker to be made by another one."""
         self._open: dict[int, Lease] = {}
         self._waiting: list[tuple[int, int]] = []
-        self._revoked: defaultdict[str, set[tuple[int, int]]] = defaultdict(set)  # by worker: (job, index)
+        self._remembered = remembered
+        self._revoked: dict[tuple[str, int, int], None] = {}  # worker, job, index; the oldest first
 
     def is_open(self, job_id: int) -> bool:
         """Is a sample of this job still missing?"""
@@ -51,6 +56,7 @@ class Leases:
     def welcome(self, name: str, room: float) -> None:
         """A worker is there, and has nothing yet."""
         self.room[name] = room
+        self._revoked = {sample: None for sample in self._revoked if sample[0] != name}
 
     def lose(self, name: str) -> list[int]:
         """A worker is gone. Returns the jobs of which it owed samples; they wait again."""
@@ -94,7 +100,7 @@ class Leases:
         """A worker has sent a sample. True: it owed it, and it is to be delivered; else it is counted."""
         lease = self._open.get(job_id)
         if lease is None or lease.worker != name or index not in lease.missing:
-            self._count_refused(name, (job_id, index))
+            self._count_refused((name, job_id, index))
             return False
         lease.missing.remove(index)
         self.room[name] += 1
@@ -108,12 +114,17 @@ class Leases:
 
     def _revoke(self, lease: Lease) -> None:
         self.room[lease.worker] += len(lease.missing)
-        self._revoked[lease.worker] |= {(lease.job.job_id, index) for index in lease.missing}
+        for index in sorted(lease.missing):
+            sample = (lease.worker, lease.job.job_id, index)
+            self._revoked.pop(sample, None)
+            self._revoked[sample] = None
+        while len(self._revoked) > self._remembered:
+            del self._revoked[next(iter(self._revoked))]
         lease.worker = ""
 
-    def _count_refused(self, name: str, sample: tuple[int, int]) -> None:
-        if sample in self._revoked[name]:
-            self._revoked[name].remove(sample)
+    def _count_refused(self, sample: tuple[str, int, int]) -> None:
+        if sample in self._revoked:
+            del self._revoked[sample]
             self.late += 1
         else:
             self.unknown += 1

@@ -17,12 +17,17 @@ being generated, it waits for them. So every sample is trained within its bound 
 from a batch has consumed nothing, so the inequality is not kept there: it may drop.)
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal
 
 from azr_async.errors import TrainingError
-from azr_async.messages import CELLS, Admission, Cell, Role, Rollout, Task
+from azr_async.messages import CELLS, TASKS, Admission, Cell, Role, Rollout, Task
+
+GroupKind = tuple[Task, bool]
+"""Task and `is_proposal`."""
+_GROUP_KINDS: Final = [(task, is_proposal) for task in TASKS for is_proposal in (True, False)]
 
 
 def lag_of(rollout: Rollout, version: int) -> int:
@@ -80,7 +85,12 @@ class Flow:
     late: Literal["wait", "drop"] = "wait"
     version: int = 0
     """Newest version that every engine has."""
-    _next_group: int = 0
+    first_group: int = 0
+    """Of the numbers of groups under this version. Each kind of group counts for itself, so which numbers there are
+    depends on how many groups there are, not on which came first: with max_lag = 0 nothing depends on timing."""
+    _started: Counter[GroupKind] = field(default_factory=Counter)
+    """Under this version."""
+    _again: list[Admission] = field(default_factory=list)
     _cells: dict[Cell, _CellState] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,9 +100,11 @@ class Flow:
     def admit(self, solvable: Collection[Task]) -> Admission | None:
         """The next group to start, or None when every window is full.
 
-        Proposals first; where a task's proposers are at their limit, tasks of the library (`solvable`
-        names the kinds that have any) fill the solver's window. The emptiest cell goes first.
+        Those of `reissue` come before any other. Then proposals; where a task's proposers are at their limit, tasks of
+        the library (`solvable` names the kinds that have any) fill the solver's window. The emptiest cell goes first.
         """
+        if self._again:
+            return self._again.pop(0)
         proposable = [
             task
             for task in self.tasks
@@ -107,8 +119,23 @@ class Flow:
         for role, candidates in (("propose", proposable), ("solve", refillable)):
             if candidates:
                 emptiness = {task: self._free((role, task)) / self._cells[role, task].batch for task in candidates}
-                return self._charge(max(candidates, key=emptiness.__getitem__), is_proposal=role == "propose")
+                task = max(candidates, key=emptiness.__getitem__)
+                return self._charge(self._next(task, is_proposal=role == "propose"))
         return None
+
+    def reissue(self, groups: Iterable[Admission]) -> list[Admission]:
+        """Have groups that an earlier process could not finish started anew, under their numbers; before any `admit`.
+
+        Returns those for which there are no slots, because there are fewer now.
+        """
+        left_out = []
+        for group in groups:
+            slots = self._free(("solve", group.task)) if group.task in self.tasks else -1
+            if slots < group.trained_attempts or (group.is_proposal and self._free(("propose", group.task)) < 1):
+                left_out.append(group)
+            else:
+                self._again.append(self._charge(replace(group, version=self.version)))
+        return left_out
 
     def release(self, group_id: int, cell: Cell, count: int | None = None) -> None:
         """Give back `count` (default: all) slots of a group whose samples will never exist."""
@@ -165,6 +192,9 @@ class Flow:
                 f"version {version} was announced after version {self.version}. "
                 "This is a bug in the bookkeeping: keep the run directory and report it."
             )
+        if version > self.version:  # else it is told once more, for a worker that has come later
+            self.first_group += len(_GROUP_KINDS) * max(self._started.values(), default=0)
+            self._started.clear()
         self.version = version
         for cell in self._cells.values():
             cell.training = {trained: count for trained, count in cell.training.items() if trained >= version}
@@ -187,17 +217,17 @@ class Flow:
     def _free(self, cell: Cell) -> int:
         return (self.max_lag + 1) * self._cells[cell].batch - self._cells[cell].charged()
 
-    def _charge(self, task: Task, *, is_proposal: bool) -> Admission:
+    def _next(self, task: Task, *, is_proposal: bool) -> Admission:
+        kind = (task, is_proposal)
+        number = self.first_group + len(_GROUP_KINDS) * self._started[kind] + _GROUP_KINDS.index(kind)
+        self._started[kind] += 1
         attempts = min(self.trained_attempts, self._free(("solve", task)))
-        admission = Admission(
-            group_id=self._next_group,
-            task=task,
-            is_proposal=is_proposal,
-            trained_attempts=attempts,
-            version=self.version,
+        return Admission(
+            group_id=number, task=task, is_proposal=is_proposal, trained_attempts=attempts, version=self.version
         )
-        self._next_group += 1
-        self._cells["solve", task].flying[admission.group_id] = (attempts, self.version)
-        if is_proposal:
-            self._cells["propose", task].flying[admission.group_id] = (1, self.version)
-        return admission
+
+    def _charge(self, group: Admission) -> Admission:
+        self._cells["solve", group.task].flying[group.group_id] = (group.trained_attempts, self.version)
+        if group.is_proposal:
+            self._cells["propose", group.task].flying[group.group_id] = (1, self.version)
+        return group

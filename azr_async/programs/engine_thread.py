@@ -16,7 +16,7 @@ from azr_async.adapters.engines.embedded import EmbeddedEngine
 from azr_async.adapters.models import load_model
 from azr_async.adapters.weights import WeightGroup, connect_store
 from azr_async.config import Config
-from azr_async.errors import AzrError, RanksLost, WeightsError
+from azr_async.errors import RanksLost, WeightsError
 from azr_async.messages import (
     CancelJob,
     GenerateJob,
@@ -126,7 +126,7 @@ class EngineThread:
         """Errors of the other thread end the engine's."""
         try:
             _or_wait(deed)
-        except AzrError as error:
+        except Exception as error:
             self._deeds.put(partial(_raise, error))
 
     def _join(self, order: JoinWeights) -> None:
@@ -183,7 +183,11 @@ class EngineThread:
         log.info("version %d installed, pause %.3f s", order.version, pause_seconds)
         self._answer(
             WeightsInstalled(
-                worker=self._name, version=order.version, canary_logp=canary_logp, pause_seconds=pause_seconds
+                worker=self._name,
+                version=order.version,
+                canary_logp=canary_logp,
+                pause_seconds=pause_seconds,
+                group=order.group,
             )
         )
 
@@ -192,10 +196,10 @@ def _or_wait(deed: Callable[[], object]) -> None:
     try:
         deed()
     except RanksLost as lost:
-        log.warning("waiting for the next weight group: %s", lost)
+        log.warning("waiting for the next weight group: %s", lost, exc_info=lost)
 
 
-def _raise(error: AzrError) -> None:
+def _raise(error: Exception) -> None:
     raise error
 
 

@@ -75,7 +75,7 @@ class VllmServer:
                     case GenerateJob():
                         self._start(order, group)
                     case CancelJob():
-                        for task in self._samples[order.job_id]:
+                        for task in self._samples.get(order.job_id, ()):
                             task.cancel()
                     case JoinWeights() | PushWeights():
                         pushes.put_nowait(order)
@@ -122,7 +122,7 @@ class VllmServer:
             try:
                 answer(await (self._join(order) if isinstance(order, JoinWeights) else self._install(order)))
             except RanksLost as lost:
-                log.warning("waiting for the next weight group: %s", lost)
+                log.warning("waiting for the next weight group: %s", lost, exc_info=lost)
 
     async def _join(self, order: JoinWeights) -> Answer:
         await self._engine.join(order)
@@ -133,7 +133,11 @@ class VllmServer:
         canary_logp = await self._engine.score(order.canary_ids)
         log.info("version %d installed, pause %.3f s", order.version, pause_seconds)
         return WeightsInstalled(
-            worker=self._name, version=order.version, canary_logp=canary_logp, pause_seconds=pause_seconds
+            worker=self._name,
+            version=order.version,
+            canary_logp=canary_logp,
+            pause_seconds=pause_seconds,
+            group=order.group,
         )
 
 

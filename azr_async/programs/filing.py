@@ -1,14 +1,17 @@
 """Files finished samples into the flow, gives dropped prompts back to the library, and counts for the metrics."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
 from azr_async.algorithm.groups import is_too_long
+from azr_async.algorithm.judging import RIGHT
+from azr_async.algorithm.ledger import Ledger, SampleId, closed_twice
 from azr_async.algorithm.library import IDENTITY_PROGRAM, Library
 from azr_async.algorithm.staleness import Flow
 from azr_async.algorithm.tally import Tally
 from azr_async.errors import ConfigError
-from azr_async.messages import Challenge, Judged, Problem, Rejected, Rollout, Task
+from azr_async.messages import Admission, Challenge, Judged, Problem, Rejected, Role, Rollout, Task
 
 
 class Filing:
@@ -18,6 +21,7 @@ class Filing:
         self,
         flow: Flow,
         library: Library,
+        ledger: Ledger,
         *,
         tasks: Collection[Task],
         usage: Callable[[], Mapping[str, float]],
@@ -28,6 +32,8 @@ class Filing:
         """`usage` gives running totals; those named in `widths` are seconds of so many workers and become shares."""
         self._flow = flow
         self._library = library
+        self._ledger = ledger
+        self._samples: dict[int, SampleId] = {}  # by rollout, while it waits for a batch
         self._tally = Tally(tasks)
         self._usage = usage
         self._gauges = gauges
@@ -36,13 +42,25 @@ class Filing:
         self._problems: dict[int, Problem] = {}
         self._last = (time.monotonic(), dict(usage()))
 
+    def admitted(self, group: Admission) -> None:
+        """A group starts."""
+        if not self._ledger.has_open(group.group_id):  # else it starts anew, and is entered already
+            self._ledger.lease(group)
+
     def group(self, challenge: Challenge, judged: list[Judged], rollouts: list[Rollout]) -> None:
         """A group is whole."""
         self._tally.group(challenge, judged)
         if is_too_long(judged):
             self._let_go(challenge.problem)
         self._problems[challenge.group_id] = challenge.problem
-        self._file(challenge.group_id, challenge.problem.task, rollouts)
+        proposer = [rollout.reward for rollout in rollouts if rollout.role == "propose"]
+        self._library.note_result(
+            challenge.problem,
+            attempts=len(judged),
+            successes=sum(item.reward == RIGHT for item in judged),
+            reward=proposer[0] if proposer else None,
+        )
+        self._file(challenge.group_id, challenge.problem.task, rollouts, rest="its task fits no prompt")
 
     def rejected(self, rejected: Rejected, rollouts: list[Rollout]) -> None:
         """A proposal is no valid task."""
@@ -51,7 +69,7 @@ class Filing:
         if rejected.proposal.completion.finish == "prompt_too_long":
             for reference in rejected.proposal.references:
                 self._let_go(reference)
-        self._file(admission.group_id, admission.task, rollouts)
+        self._file(admission.group_id, admission.task, rollouts, rest=f"rejected: {rejected.reason}")
 
     def _let_go(self, problem: Problem) -> None:
         """Forget a task whose prompt does not fit the model's context, so that it is never drawn again.
@@ -68,9 +86,21 @@ class Filing:
     def dropped(self, rollouts: list[Rollout]) -> None:
         """Samples were too old to be trained; their tasks are drawn again next."""
         self._tally.dropped(rollouts)
+        for rollout in rollouts:
+            self._ledger.dropped(self._samples.pop(rollout.rollout_id), "too old", version=self._flow.version)
         for group_id in sorted({rollout.group_id for rollout in rollouts}):
             if (problem := self._problems.pop(group_id, None)) is not None:
                 self._library.give_back(problem)
+
+    def batch(self, version: int, rollouts: list[Rollout]) -> None:
+        """Samples go to the learner, for the step that makes version + 1.
+
+        Raises TrainingError when one of them has been in a batch before.
+        """
+        for rollout in rollouts:
+            sample = self._samples.pop(rollout.rollout_id, None)
+            if sample is None or not self._ledger.admitted(sample, version=version):
+                raise closed_twice(f"rollout {rollout.rollout_id} of group {rollout.group_id}")
 
     def stats(self) -> dict[str, float]:
         """Flat metrics since the last call."""
@@ -79,9 +109,16 @@ class Filing:
         sizes = {f"library.{task}": float(size) for task, size in self._library.sizes().items()}
         return self._tally.take() | self._rates() | sizes | dict(self._gauges())
 
-    def _file(self, group_id: int, task: Task, rollouts: list[Rollout]) -> None:
+    def _file(self, group_id: int, task: Task, rollouts: list[Rollout], *, rest: str) -> None:
+        """`rest`: why those samples of the group are dropped that are not among its rollouts."""
+        numbers = Counter[Role]()
         for rollout in rollouts:
+            sample = SampleId(group_id, rollout.role, numbers[rollout.role])
+            numbers[rollout.role] += 1
+            self._samples[rollout.rollout_id] = sample
+            self._ledger.judged(sample, rollout.reward)
             self._flow.complete(rollout)
+        self._ledger.drop_rest(group_id, rest, version=self._flow.version)
         self._flow.release(group_id, ("propose", task))
         self._flow.release(group_id, ("solve", task))
         self._on_change()

@@ -7,9 +7,8 @@ admit ────┴─► propose ─► validate ─────► solve ─
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
-from azr_async.algorithm.staleness import Flow
-from azr_async.config import Config
 from azr_async.messages import (
     Admission,
     Attempt,
@@ -21,21 +20,24 @@ from azr_async.messages import (
     Proposal,
     Rejected,
     RolloutBatch,
+    SelfPlayState,
+    StateRequest,
     WeightsReady,
 )
 from azr_async.ports import Receiver, Sender
+from azr_async.programs.course import Course, NotingEngine
 from azr_async.programs.filing import Filing
 from azr_async.programs.parts import Parts, channel, run_propose, run_solve, run_validate, run_verify
 from azr_async.programs.rounds import evaluate, evaluate_proposer, seed
 from azr_async.stages.advantage import advantage
 from azr_async.stages.flow import Changed, admit, supply
 
-Request = BatchRequest | EvaluationRequest | WeightsReady
-Reply = RolloutBatch | EvaluationResult
+Request = BatchRequest | EvaluationRequest | StateRequest | SelfPlayState | WeightsReady
+Reply = RolloutBatch | EvaluationResult | SelfPlayState
 
 
 async def self_play(
-    begin: Callable[[int], Awaitable[Parts]],
+    begin: Callable[[int, str], Awaitable[Parts]],
     requests: Receiver[Request],
     replies: Sender[Reply],
     *,
@@ -44,16 +46,19 @@ async def self_play(
 ) -> None:
     """Serve the learner until it closes `requests`; then everything else is cancelled and leaves nothing behind.
 
-    The learner's first message is WeightsReady: from then on the engines hold the weights it trains. `begin` gives the
-    parts of a loop that starts with weights of that version. `stop` ends admission; what is on its way is still
-    delivered. `on_weights` hears of new weights before anything is admitted under them.
+    The learner's first message is WeightsReady: from then on the engines hold the weights it trains. Only the state of
+    self-play comes before it, when a run goes on from a checkpoint that has it. `begin` gives the parts of a loop that
+    starts with weights of that version and in this state; the text is empty where there is none. `stop` ends admission;
+    what is on its way is still delivered. `on_weights` hears of new weights before anything is admitted under them.
     """
     async with replies:
-        first = await anext(requests, None)
+        first, state = await anext(requests, None), ""
+        if isinstance(first, SelfPlayState):
+            state, first = first.state, await anext(requests, None)
         if first is not None:  # else the learner ended before it began
             assert isinstance(first, WeightsReady)
             on_weights(first)
-            await _serve(await begin(first.version), requests, replies, stop, on_weights)
+            await _serve(await begin(first.version, state), requests, replies, stop, on_weights)
 
 
 async def _serve(
@@ -63,15 +68,15 @@ async def _serve(
     stop: asyncio.Event,
     on_weights: Callable[[WeightsReady], None],
 ) -> None:
-    flow = _flow(parts.config)
-    flow.installed(parts.start_version)
-    changed = Changed()
+    course, changed = Course(parts), Changed()
     batch_requests, wanted = channel(BatchRequest)
 
     async def work() -> None:
-        await seed(parts)
+        if parts.standing is None:
+            await seed(parts)
+        course.begin()
         parts.report("playing", 0, 0)
-        await _stages(parts, flow, changed, wanted, replies, stop)
+        await _stages(parts, course, changed, wanted, replies, stop)
 
     async def wake_admission_to_stop() -> None:
         await stop.wait()
@@ -85,8 +90,10 @@ async def _serve(
                     await batch_requests.send(request)
                 case WeightsReady():
                     on_weights(request)
-                    flow.installed(request.version)
+                    course.installed(request.version)
                     changed.notify()
+                case StateRequest():
+                    await replies.send(await course.state())
                 case EvaluationRequest():
                     tasks.append(group.create_task(_answer(parts, request, replies), name="evaluate"))
         for task in tasks:
@@ -102,16 +109,19 @@ async def _answer(parts: Parts, request: EvaluationRequest, replies: Sender[Repl
 
 async def _stages(
     parts: Parts,
-    flow: Flow,
+    course: Course,
     changed: Changed,
     wanted: Receiver[BatchRequest],
     replies: Sender[Reply],
     stop: asyncio.Event,
 ) -> None:
     """The graph at the top of this file."""
+    parts = replace(parts, engine=NotingEngine(parts.engine, course.ledger))
+    flow = course.flow
     filing = Filing(
         flow,
         parts.library,
+        course.ledger,
         tasks=parts.config.flow.tasks,
         usage=parts.usage,
         gauges=parts.gauges,
@@ -127,7 +137,13 @@ async def _stages(
     async with asyncio.TaskGroup() as group:
         for name, stage in {
             "admit": admit(
-                admissions, challenges.clone(), flow=flow, library=parts.library, changed=changed, stop=stop
+                admissions,
+                challenges.clone(),
+                flow=flow,
+                library=parts.library,
+                changed=changed,
+                stop=stop,
+                on_admitted=filing.admitted,
             ),
             "propose": run_propose(parts, admitted, proposals),
             "validate": run_validate(parts, proposed, challenges, rejections),
@@ -146,20 +162,10 @@ async def _stages(
                 flow=flow,
                 library=parts.library,
                 changed=changed,
+                on_batch=filing.batch,
                 on_dropped=filing.dropped,
                 stats=filing.stats,
                 notes=parts.notes,
             ),
         }.items():
             group.create_task(stage, name=name)
-
-
-def _flow(config: Config) -> Flow:
-    return Flow(
-        max_lag=config.flow.max_lag,
-        propose_samples=config.flow.propose_samples,
-        solve_samples=config.flow.solve_samples,
-        trained_attempts=config.solve.trained_attempts,
-        tasks=config.flow.tasks,
-        late=config.flow.late,
-    )

@@ -77,9 +77,11 @@ async def serve(reporter: Reporter, *, name: str, config: Config, wires_dir: Pat
         await learner.send(replace(ready, endpoint=pushes.endpoint))
         reporter.report("waiting for weights")
         answers: asyncio.Queue[Answer | None] = asyncio.Queue()
+        # Self-play closes after the learner: it may take what it has to end, or the learner what it has to give up.
+        closing_seconds = max(config.weights.deadline_seconds, config.wires.stop_seconds)
         async with asyncio.TaskGroup() as group:
             helpers = [
-                group.create_task(_read(jobs, pushes, server, config.weights.deadline_seconds), name="orders"),
+                group.create_task(_read(jobs, pushes, server, closing_seconds), name="orders"),
                 group.create_task(_stop_when_asked(reporter, server), name="stop"),
             ]
             group.create_task(_forward(answers, selfplay, learner, reporter), name="answers")
@@ -115,7 +117,7 @@ async def _read(
     jobs: ZmqReceiver[GenerateJob | CancelJob],
     pushes: ZmqReceiver[JoinWeights | PushWeights],
     server: EngineServer,
-    deadline_seconds: float,
+    closing_seconds: float,
 ) -> None:
     """Orders -> engine, which ends when nobody can send any more.
 
@@ -130,10 +132,10 @@ async def _read(
     async with asyncio.TaskGroup() as group:
         playing = group.create_task(hand_over(jobs), name="jobs")
         await hand_over(pushes)
-        await asyncio.wait([playing], timeout=deadline_seconds)
+        await asyncio.wait([playing], timeout=closing_seconds)
         if not playing.done():
             raise WeightsError(
-                f"the learner closed its end {deadline_seconds:g} s ago and the run goes on: it has given this worker "
+                f"the learner closed its end {closing_seconds:g} s ago and the run goes on: it has given this worker "
                 "up. Look at logs/learner-0.log for why; raise weights.deadline_seconds if this worker was only slow."
             )
     server.stop()

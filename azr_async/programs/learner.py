@@ -117,6 +117,8 @@ def _load(config: Config, resume: Path | None) -> Loaded:
     if state:
         trainer.load_optimizer_state(state.optimizer)
         pytorch.set_rng_state(state.random_state)
+    else:
+        pytorch.manual_seed(config.run.seed)
     return Loaded(
         model=model,
         tokenizer=tokenizer,
@@ -125,6 +127,7 @@ def _load(config: Config, resume: Path | None) -> Loaded:
         accelerator=accelerator,
         is_resumed=state is not None,
         wall_seconds=state.extra["wall_seconds"] if state else 0.0,
+        self_play=state.self_play if state else "",
     )
 
 

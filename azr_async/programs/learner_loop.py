@@ -12,7 +12,15 @@ from accelerate import Accelerator
 from azr_async.adapters import checkpoints
 from azr_async.adapters.trainer import Crew, StepReport, Trainer
 from azr_async.config import Config
-from azr_async.messages import BatchRequest, EvaluationRequest, EvaluationResult, RolloutBatch, WeightsReady
+from azr_async.messages import (
+    BatchRequest,
+    EvaluationRequest,
+    EvaluationResult,
+    RolloutBatch,
+    SelfPlayState,
+    StateRequest,
+    WeightsReady,
+)
 from azr_async.programs.learner_metrics import Books, Push, Record, empty_record, step_record
 from azr_async.programs.learner_weights import Publisher, TorchThread
 from azr_async.programs.learner_wires import FromSelfPlay, Wires
@@ -34,6 +42,8 @@ class Loaded:
     is_resumed: bool
     wall_seconds: float
     """Training time before this process started."""
+    self_play: str = ""
+    """How self-play goes on; empty where nobody has written that down."""
 
 
 class Leader:
@@ -65,6 +75,8 @@ class Leader:
 
     async def run(self) -> None:
         """The whole run; a checkpoint of the newest weights is its last deed."""
+        if self._loaded.self_play:
+            await self._wires.requests.send(SelfPlayState(version=self._trainer.version, state=self._loaded.self_play))
         push = await self._publish()
         self._last_step_end = time.monotonic()
         self._started = self._last_step_end - self._loaded.wall_seconds
@@ -180,9 +192,20 @@ class Leader:
             return
         self._report("writing a checkpoint")
         self._saved_step = version
-        await self._torch.run(partial(self._write_checkpoint, version))
+        await self._torch.run(partial(self._write_checkpoint, version, await self._self_play_state(version)))
 
-    def _write_checkpoint(self, version: int) -> None:
+    async def _self_play_state(self, version: int) -> str:
+        """How self-play can go on with these weights. It answers at once, whatever it waits for itself."""
+        await self._wires.requests.send(StateRequest(version=version))
+        answer = await self._wires.inbox.next(
+            SelfPlayState,
+            version=version,
+            deadline_seconds=self._config.wires.step_seconds,
+            also_when_stopping=True,
+        )
+        return answer.state if answer else ""
+
+    def _write_checkpoint(self, version: int, self_play: str) -> None:
         weights, optimizer = self._trainer.checkpoint_state()
         checkpoints.save(
             self._checkpoint_root,
@@ -194,4 +217,5 @@ class Leader:
             optimizer=optimizer,
             keep=self._config.checkpoint.keep,
             extra={"wall_seconds": time.monotonic() - self._started},
+            self_play=self_play,
         )

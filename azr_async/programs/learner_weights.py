@@ -16,7 +16,7 @@ from torch import device as torch_device
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from azr_async.adapters.trainer import Crew
-from azr_async.adapters.weights import WeightGroup, host_store
+from azr_async.adapters.weights import WeightGroup, give_up, host_store
 from azr_async.config import Config
 from azr_async.errors import ChannelClosed, PeerVanished, RanksLost, WeightsError
 from azr_async.messages import JoinWeights, PushWeights, WeightsInstalled, WeightsJoined
@@ -51,6 +51,7 @@ class _Group:
     """A broadcast group: the learner as rank 0, then the workers' ranks in the order of `members`."""
 
     transport: WeightGroup
+    number: int
     members: tuple[Member, ...]
 
 
@@ -67,7 +68,7 @@ class Publisher:
         self._inbox, self._roster, self._store = wires.inbox, wires.roster, store
         self._canary_ids = canaries(vocabulary, config.run.seed)
         self._group: _Group | None = None
-        self._groups_built = 0
+        self._groups_built = self._groups_given_up = 0
 
     @property
     def has_newcomers(self) -> bool:
@@ -115,10 +116,13 @@ class Publisher:
         )
 
     async def close(self) -> None:
-        """Leave the group; whoever waits in it notices."""
+        """Leave the group, even if it is not complete; whoever waits in it is told."""
         if self._group is not None:
             await self._torch.run(self._group.transport.close)
             self._group = None
+        if self._groups_given_up < self._groups_built:
+            await self._torch.run(partial(give_up, self._store, self._groups_built - 1))
+            self._groups_given_up = self._groups_built
 
     async def _reachable(self) -> tuple[Member, ...]:
         """Everybody who is there, waiting for somebody if need be; nobody when a stop is requested."""
@@ -142,10 +146,16 @@ class Publisher:
         if self._group is None or self._group.members != members:
             await self.close()
             self._group = await self._built(members)
+        number = self._group.number
         for rank, member in _ranks(members):
-            await _order(member, rank, PushWeights(version=version, canary_ids=self._canary_ids))
+            await _order(member, rank, PushWeights(version=version, canary_ids=self._canary_ids, group=number))
         await self._torch.run(partial(self._send, self._group.transport, version))
-        return await self._answers(WeightsInstalled, members, lambda answer: answer.version == version)
+        return await self._answers(
+            # An attempt before this one may have been answered as well.
+            WeightsInstalled,
+            members,
+            lambda answer: answer.version == version and answer.group == number,
+        )
 
     async def _built(self, members: tuple[Member, ...]) -> _Group:
         number, self._groups_built = self._groups_built, self._groups_built + 1
@@ -164,12 +174,11 @@ class Publisher:
                 known_lost=lambda: [rank for rank, one in _ranks(members) if not self._roster.has(one)],
             )
         )
-        group = _Group(transport=transport, members=members)
         joined = await self._answers(WeightsJoined, members, lambda answer: answer.group == number)
         if len(joined) < len(members):
             await self._torch.run(transport.close)
             raise RanksLost(f"weight group {number} was only joined by {', '.join(joined) or 'nobody'}")
-        return group
+        return _Group(transport=transport, number=number, members=members)
 
     async def _answers(
         self, kind: type[FromWorker], members: tuple[Member, ...], wanted: Callable[[FromWorker], bool]

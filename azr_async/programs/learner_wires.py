@@ -20,6 +20,8 @@ from azr_async.messages import (
     Message,
     PushWeights,
     RolloutBatch,
+    SelfPlayState,
+    StateRequest,
     WeightsInstalled,
     WeightsJoined,
     WeightsReady,
@@ -30,9 +32,10 @@ from azr_async.programs.wiring import endpoint
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
-FromSelfPlay = TypeVar("FromSelfPlay", RolloutBatch, EvaluationResult)
+FromSelfPlay = TypeVar("FromSelfPlay", RolloutBatch, EvaluationResult, SelfPlayState)
+ToSelfPlay = BatchRequest | EvaluationRequest | StateRequest | SelfPlayState | WeightsReady
 FromWorker = TypeVar("FromWorker", WeightsJoined, WeightsInstalled)
-Batches = ZmqReceiver[RolloutBatch | EvaluationResult]
+Batches = ZmqReceiver[RolloutBatch | EvaluationResult | SelfPlayState]
 Answers = ZmqReceiver[WorkerReady | WeightsJoined | WeightsInstalled]
 
 CAPACITY = 16
@@ -82,10 +85,12 @@ class Inbox:
         version: int,
         deadline_seconds: float,
         unless: Callable[[], bool] = lambda: False,
+        also_when_stopping: bool = False,
     ) -> FromSelfPlay | None:
         """What self-play has made with weights of `version`; what is older is passed over.
 
-        None when a stop is requested or when `unless` becomes true first. Raises PeerVanished after the deadline.
+        None when a stop is requested (not if `also_when_stopping`) or when `unless` becomes true first.
+        Raises PeerVanished after the deadline.
         """
 
         def found() -> FromSelfPlay | bool | None:
@@ -93,7 +98,7 @@ class Inbox:
                 message = self._waiting[kind].popleft()
                 if isinstance(message, kind) and message.version == version:
                     return message
-            return True if self.is_stopping or unless() else None
+            return True if (self.is_stopping and not also_when_stopping) or unless() else None
 
         try:
             async with asyncio.timeout(deadline_seconds):
@@ -139,7 +144,7 @@ class Wires:
     """Everything open."""
 
     inbox: Inbox
-    requests: ZmqSender[BatchRequest | EvaluationRequest | WeightsReady]
+    requests: ZmqSender[ToSelfPlay]
     roster: Roster
 
 
@@ -175,9 +180,7 @@ async def open_wires(config: Config, wires_dir: Path, name: str, stop: asyncio.E
         ]
         try:
             await _all_there(config, inbox, roster)
-            requests: ZmqSender[BatchRequest | EvaluationRequest | WeightsReady] = connect(
-                endpoint(config, wires_dir, "selfplay-requests"), "selfplay"
-            )
+            requests: ZmqSender[ToSelfPlay] = connect(endpoint(config, wires_dir, "selfplay-requests"), "selfplay")
             async with requests:
                 try:
                     yield Wires(inbox=inbox, requests=requests, roster=roster)
@@ -235,7 +238,7 @@ def _cancel(tasks: Collection[asyncio.Task[None]]) -> None:
 def _batches(config: Config, wires_dir: Path) -> Batches:
     return zmq_receiver(
         endpoint(config, wires_dir, "learner-batches"),
-        (RolloutBatch, EvaluationResult),
+        (RolloutBatch, EvaluationResult, SelfPlayState),
         name="learner-batches",
         capacity=CAPACITY,
         join_seconds=config.wires.start_seconds,

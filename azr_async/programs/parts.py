@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from azr_async.adapters.channels import MemoryReceiver, MemorySender, memory_channel
+from azr_async.adapters.journal import SqliteJournal
 from azr_async.algorithm.jobs import loop_seed
 from azr_async.algorithm.library import Library
 from azr_async.algorithm.validity import program_key
 from azr_async.config import Config
 from azr_async.messages import Admission, Attempt, Challenge, Judged, Problem, Proposal, Rejected
-from azr_async.ports import Dialogue, Engine, Journal, Receiver, Sandbox, Sender
+from azr_async.ports import Dialogue, Engine, Receiver, Sandbox, Sender
+from azr_async.programs.standing import Standing
 from azr_async.stages.propose import propose
 from azr_async.stages.solve import solve
 from azr_async.stages.validate import validate
@@ -31,7 +33,7 @@ class Parts:
     engine: Engine
     sandbox: Sandbox
     dialogue: Dialogue
-    journal: Journal
+    journal: SqliteJournal
     library: Library
     suite: Sequence[Problem]
     """Held-out problems, judged on request and never trained on."""
@@ -47,11 +49,13 @@ class Parts:
     """Groups outside the flow (seeding, evaluation) count down from -1, so that they go first."""
     start_version: int
     """Of the weights with which this loop begins: 0, or the version that the run was resumed at."""
+    standing: Standing | None = None
+    """Where an earlier process stood at `start_version`, if the run goes on from there exactly."""
 
     @property
     def seed(self) -> int:
         """Of everything that this loop draws."""
-        return loop_seed(self.config.run.seed, self.start_version)
+        return self.standing.seed if self.standing else loop_seed(self.config.run.seed, self.start_version)
 
     @property
     def held_out_programs(self) -> frozenset[str]:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -17,6 +18,7 @@ from azr_async.algorithm.jobs import loop_seed
 from azr_async.algorithm.library import Library
 from azr_async.algorithm.validity import program_key
 from azr_async.config import Config
+from azr_async.errors import CheckpointError
 from azr_async.messages import (
     BatchRequest,
     CancelJob,
@@ -24,12 +26,15 @@ from azr_async.messages import (
     GenerateJob,
     GenerationResults,
     Problem,
+    SelfPlayState,
+    StateRequest,
     WeightsReady,
     WorkerReady,
 )
 from azr_async.programs.graph import Reply, Request, self_play
 from azr_async.programs.parts import Parts
 from azr_async.programs.seeds import add_seeds, seed_problems
+from azr_async.programs.standing import Standing, library_of, read
 from azr_async.programs.wiring import Reporter, endpoint, load_run_config, program_main, program_parser
 from azr_async.starter.suite import STARTER_SUITE, load_suite
 
@@ -63,21 +68,23 @@ async def run(reporter: Reporter, *, config: Config, run_dir: Path, wires_dir: P
             group.create_task(engines.run(), name="engines")
             seeds = await _seeds(config, sandbox, suite)
 
-            async def begin(version: int) -> Parts:
+            async def begin(version: int, state: str) -> Parts:
+                standing = known_standing(config, state, version=version)
                 return Parts(
                     config=config,
                     engine=engines,
                     sandbox=sandbox,
                     dialogue=make_dialogue(config.model.dialogue, allowed_imports=config.sandbox.allowed_imports),
                     journal=journal,
-                    library=await restored_library(config, journal, seeds, version=version),
+                    library=await restored_library(config, journal, seeds, version=version, standing=standing),
                     suite=suite,
                     usage=partial(_usage, engines, sandbox),
-                    gauges=partial(_gauges, engines, sandbox),
+                    gauges=partial(_gauges, engines, sandbox, journal),
                     notes=_notes(sandbox),
                     report=reporter.report,
-                    group_ids=count(-1, -1),
+                    group_ids=count(standing.next_round if standing else -1, -1),
                     start_version=version,
+                    standing=standing,
                 )
 
             reporter.report("waiting for weights", 0, 0)
@@ -91,16 +98,51 @@ async def run(reporter: Reporter, *, config: Config, run_dir: Path, wires_dir: P
             engines.stop()
 
 
+def known_standing(config: Config, state: str, *, version: int) -> Standing | None:
+    """Where self-play stood at the checkpoint that the run is resumed at; None when the checkpoint does not say.
+
+    With another `run.seed` it goes on from there, but draws otherwise.
+    """
+    if not state:
+        return None
+    standing = read(state)
+    if standing.version != version:
+        raise CheckpointError(
+            f"selfplay.json of the checkpoint is of version {standing.version}, its weights are of version {version}. "
+            "Resume from another checkpoint."
+        )
+    if standing.run_seed != config.run.seed:
+        return replace(standing, seed=loop_seed(config.run.seed, version))
+    return standing
+
+
 async def restored_library(
-    config: Config, journal: SqliteJournal, seeds: Sequence[Problem], *, version: int
+    config: Config,
+    journal: SqliteJournal,
+    seeds: Sequence[Problem],
+    *,
+    version: int,
+    standing: Standing | None = None,
 ) -> Library:
-    """What was found under weights up to `version`, and the seeds; what was found under newer ones is forgotten."""
-    library = Library(capacity=config.library.capacity, seed=loop_seed(config.run.seed, version))
-    journal.forget_after(version)
+    """What was known when weights of `version` were installed; what was found later is known again when it was then.
+
+    Without a `standing`: what was found under weights up to `version`; what was found under newer ones is forgotten.
+    """
     held_out = {program_key(problem.program) for problem in load_problems(config)}
-    for problem in journal.problems():
-        if program_key(problem.program) not in held_out:  # the suite may be another one than when it was found
+    if standing is None:
+        library = Library(capacity=config.library.capacity, seed=loop_seed(config.run.seed, version))
+        journal.forget_after(version)
+        for problem in journal.problems():
             library.add(problem)
+    else:
+        tasks = journal.tasks()
+        library = library_of(standing, (found.problem for found in tasks), capacity=config.library.capacity)
+        for found in tasks:
+            if found.number > standing.newest_task and program_key(found.problem.program) not in held_out:
+                library.expect(found.problem, group_id=found.group_id or 0, version=found.version)
+    for known in library.known():
+        if program_key(known.problem.program) in held_out:  # the suite may be another one than when it was found
+            library.discard(known.problem)
     await add_seeds(seeds, library, journal)
     return library
 
@@ -132,11 +174,13 @@ def _usage(engines: RemoteEngines, sandbox: SandboxPool) -> Mapping[str, float]:
     }
 
 
-def _gauges(engines: RemoteEngines, sandbox: SandboxPool) -> Mapping[str, float]:
-    """Counters of the engines and the sandbox."""
-    return {f"engines.{name}": number for name, number in engines.numbers().items()} | {
-        f"sandbox.{name}": number for name, number in sandbox.numbers().items()
-    }
+def _gauges(engines: RemoteEngines, sandbox: SandboxPool, journal: SqliteJournal) -> Mapping[str, float]:
+    """Counters of the engines, the sandbox and the journal."""
+    return (
+        {f"engines.{name}": number for name, number in engines.numbers().items()}
+        | {f"sandbox.{name}": number for name, number in sandbox.numbers().items()}
+        | {f"journal.{name}": number for name, number in journal.numbers().items()}
+    )
 
 
 def _notes(sandbox: SandboxPool) -> Mapping[str, str]:
@@ -195,7 +239,7 @@ def _results(config: Config, wires_dir: Path) -> ZmqReceiver[GenerationResults |
 def _requests(config: Config, wires_dir: Path) -> ZmqReceiver[Request]:
     return zmq_receiver(
         endpoint(config, wires_dir, "selfplay-requests"),
-        (BatchRequest, EvaluationRequest, WeightsReady),
+        (BatchRequest, EvaluationRequest, StateRequest, SelfPlayState, WeightsReady),
         name="selfplay",
         capacity=64,
         heartbeat_seconds=config.wires.heartbeat_seconds,

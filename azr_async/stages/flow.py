@@ -34,13 +34,15 @@ async def admit(
     library: Library,
     changed: Changed,
     stop: asyncio.Event,
+    on_admitted: Callable[[Admission], None],
 ) -> None:
     """Start as much work as the lag bound allows, and no more.
 
     Groups are admitted while the flow has room; tasks of the library go straight to the solvers.
 
     consumes   nothing but free slots
-    produces   admissions (new proposals) and challenges (library tasks); both closed on the way out
+    produces   admissions (new proposals) and challenges (library tasks), both closed on the way out; calls of
+               `on_admitted`, before either is sent
     waits for  a change of the flow, then room in a channel
     cancelled  a slot that was charged for an unsent admission is lost with the process
     """
@@ -49,13 +51,15 @@ async def admit(
             admission = flow.admit(library.solvable())
             if admission is None:
                 await changed.wait()
-            elif admission.is_proposal:
+                continue
+            on_admitted(admission)
+            if admission.is_proposal:
                 await admissions.send(admission)
             else:
                 await challenges.send(
                     Challenge(
                         group_id=admission.group_id,
-                        problem=library.task(admission.task),
+                        problem=library.task(admission.task, draw=admission.group_id),
                         proposal=None,
                         attempts=admission.trained_attempts,
                         trained_attempts=admission.trained_attempts,
@@ -70,6 +74,7 @@ async def supply(
     flow: Flow,
     library: Library,
     changed: Changed,
+    on_batch: Callable[[int, list[Rollout]], None],
     on_dropped: Callable[[list[Rollout]], None],
     stats: Callable[[], Mapping[str, float]],
     notes: Mapping[str, str],
@@ -93,5 +98,6 @@ async def supply(
             if rollouts is not None:
                 break
             await changed.wait()
+        on_batch(request.version, rollouts)
         await batches.send(RolloutBatch(version=request.version, rollouts=tuple(rollouts), stats=stats(), notes=notes))
         notes = {}

@@ -28,7 +28,7 @@ async def propose(
     """
 
     async def work(admission: Admission) -> None:
-        references = library.references(admission.task, config.references)
+        references = library.references(admission.task, config.references, draw=admission.group_id)
         prompt = dialogue.propose(admission.task, references, pairs=config.induction_pairs)
         job = generation_job(
             "propose",

@@ -36,15 +36,18 @@ async def validate(
             is_trained = verdict not in ("held_out", "prompt_too_long")
             await rejections.send(Rejected(proposal=proposal, reason=verdict, is_trained=is_trained))
             return
-        if library.add(verdict):
-            await journal.add(verdict, version=proposal.admission.version)
+        admission = proposal.admission
+        if library.add(verdict, group_id=admission.group_id):
+            await journal.add(
+                verdict, version=admission.version, group_id=admission.group_id, parents=proposal.references
+            )
         await challenges.send(
             Challenge(
-                group_id=proposal.admission.group_id,
+                group_id=admission.group_id,
                 problem=verdict,
                 proposal=proposal,
                 attempts=attempts,
-                trained_attempts=proposal.admission.trained_attempts,
+                trained_attempts=admission.trained_attempts,
             )
         )
 

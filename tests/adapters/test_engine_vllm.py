@@ -29,7 +29,9 @@ from transformers import PreTrainedModel
 from azr_async.adapters.weights import WeightGroup, host_store
 from azr_async.adapters.weights.vllm_plugin import BACKEND
 from azr_async.errors import EngineError, RanksLost, WeightsError
-from azr_async.messages import Completion, GenerateJob, JoinWeights, Prompt
+from azr_async.messages import CancelJob, Completion, GenerateJob, GenerationResults, JoinWeights, Prompt
+from azr_async.programs.engine_thread import Answer, Order
+from azr_async.programs.engine_vllm import VllmServer
 from azr_async.programs.placement import VLLM_ENVIRONMENT
 from tests.random_models import VOCABULARY, a_job, full_pass_logp, random_model, save_random_model
 
@@ -246,6 +248,31 @@ def test_a_kept_cache_is_told_apart_from_a_recomputed_one(served: Served) -> Non
         assert_allclose(completion.behavior_logp, full_pass_logp(served.model, completion), atol=1e-4)
 
 
+def test_what_waits_for_a_slot_during_a_push_starts_on_a_prompt_of_the_new_weights(served: Served) -> None:
+    jobs = [
+        a_job(n, "count count count count " * 6, samples=24, max_tokens=40) for n in range(1)
+    ]  # 16 slots, one prompt
+    with served.on_new_weights("keep"):
+        completions = served.do(interrupted(served, jobs, [22]))
+    late = [one for one in completions if (one.token_version == served.version).all()]
+    assert late, "no sample waited for a slot"
+    for completion in late:
+        assert_allclose(completion.behavior_logp, full_pass_logp(served.model, completion), atol=1e-4)
+
+
+def test_a_canary_waits_for_no_sample(served: Served) -> None:
+    async def score_among_many() -> bool:
+        running = asyncio.create_task(samples(served.engine, a_job(1, "long", samples=40, max_tokens=150)))
+        for _ in range(3):
+            await served.engine.score(CANARIES)
+        is_before_all = served.engine.generated_tokens
+        await running
+        return is_before_all == before
+
+    before = served.engine.generated_tokens
+    assert served.do(score_among_many())
+
+
 def test_restarted_sequences_are_of_one_version(served: Served) -> None:
     with served.on_new_weights("restart"):
         completions = served.do(interrupted(served, long_jobs(), [31]))
@@ -321,7 +348,7 @@ def test_a_broadcast_that_breaks_leaves_the_old_weights_and_the_next_group_goes_
 
     def send_some() -> None:
         assert served.group is not None
-        with pytest.raises(WeightsError):
+        with pytest.raises(RuntimeError, match="as if the learner had died"):
             served.send(some(), old + 1)
         served.group.close()
 
@@ -342,6 +369,35 @@ def test_a_broadcast_that_breaks_leaves_the_old_weights_and_the_next_group_goes_
     assert served.canary_error() < 1e-4
 
 
+async def give_and_gather(server: VllmServer, orders: list[Order], wanted: int) -> list[Completion]:
+    """What a server answers to orders, until it has answered with so many completions and is stopped."""
+    done: list[Completion] = []
+
+    def take(answer: Answer) -> None:
+        done.extend(answer.completions if isinstance(answer, GenerationResults) else ())
+        if len(done) >= wanted:
+            server.stop()
+
+    for order in orders:
+        server.give(order)
+    await server.run(take)
+    return done
+
+
+def test_a_server_makes_the_wanted_samples_of_the_jobs_that_were_not_cancelled(served: Served) -> None:
+    server = VllmServer("inference-0", served.engine, ranks=1)
+    orders: list[Order] = [
+        a_job(1, samples=6, indices=(4, 1), max_tokens=10),
+        a_job(2, samples=8, max_tokens=150),
+        CancelJob(job_id=2),
+        CancelJob(job_id=99),
+        a_job(3, "x" * 190, samples=2),
+    ]
+    done = served.do(give_and_gather(server, orders, 4))
+    assert sorted((one.job_id, one.index) for one in done) == [(1, 1), (1, 4), (3, 0), (3, 1)]
+    assert not server._samples, "nothing is remembered of jobs that are over"
+
+
 def test_a_parameter_that_does_not_come_is_named(served: Served) -> None:
     """Last but one: vLLM is of no use after an update that failed."""
     incomplete = [(name, tensor) for name, tensor in named(served.model) if name != "model.norm.weight"]
@@ -359,7 +415,7 @@ def test_the_death_of_vllms_processes_is_an_error_that_says_so(served: Served) -
     """Last: it kills the engine."""
 
     async def kill() -> None:
-        running = asyncio.create_task(samples(served.engine, *long_jobs()))
+        running = asyncio.create_task(served.engine.score(CANARIES))
         for process in psutil.Process().children():
             if "EngineCore" in " ".join(process.cmdline()):
                 os.kill(process.pid, signal.SIGKILL)

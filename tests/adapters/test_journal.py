@@ -1,15 +1,23 @@
-"""The durable library."""
+"""The durable library and ledger."""
 
+import asyncio
 import sqlite3
+import subprocess
+import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from azr_async.adapters.journal import SqliteJournal
+from azr_async.adapters.journal import SCHEMA_VERSION, SqliteJournal
+from azr_async.algorithm.ledger import Changes, Entry, Ledger, SampleId, rolled_back, samples_of
+from azr_async.algorithm.library import KnownTask, TaskUse
 from azr_async.algorithm.values import encode
-from azr_async.errors import CheckpointError
-from azr_async.messages import Pair, Problem
+from azr_async.errors import CheckpointError, TrainingError
+from azr_async.messages import Admission, Pair, Problem
 
 TASK = Problem(
     task="induction",
@@ -18,6 +26,23 @@ TASK = Problem(
     message="a 'message'",
     shown_pairs=2,
 )
+ENTRIES = st.dictionaries(
+    st.builds(SampleId, st.integers(0, 9), st.sampled_from(("propose", "solve")), st.integers(0, 2)),
+    st.one_of(
+        st.builds(Entry, version=st.integers(0, 5), stage=st.sampled_from(("leased", "judged"))),
+        st.builds(
+            Entry,
+            version=st.integers(0, 5),
+            stage=st.sampled_from(("admitted", "trained", "dropped")),
+            reward=st.sampled_from((None, 0.5)),
+            step=st.integers(1, 6),
+        ),
+    ),
+)
+
+
+def group(number: int, version: int = 0) -> Admission:
+    return Admission(group_id=number, task="deduction", is_proposal=True, trained_attempts=2, version=version)
 
 
 async def test_what_was_added_is_there_for_the_next_process(tmp_path: Path) -> None:
@@ -25,6 +50,70 @@ async def test_what_was_added_is_there_for_the_next_process(tmp_path: Path) -> N
         await journal.add(TASK, version=3)
         with SqliteJournal(tmp_path / "journal.sqlite") as reader:  # not closed, not flushed: a killed writer
             assert reader.problems() == [TASK]
+
+
+def test_a_killed_process_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    program = f"""
+import asyncio, os, sys
+from dataclasses import replace
+from pathlib import Path
+from azr_async.adapters.journal import SqliteJournal
+from azr_async.algorithm.library import identity_problem
+
+async def add(journal, number):
+    await journal.add(replace(identity_problem("deduction"), program=f"def f(x): return {{number}}"), version=number)
+    print(number, flush=True)
+    if number == 40:
+        os.kill(os.getpid(), 9)
+
+async def main():
+    journal = SqliteJournal(Path({str(path)!r}))
+    async with asyncio.TaskGroup() as group:
+        for number in range(60):
+            group.create_task(add(journal, number))
+            await asyncio.sleep(0.001 * (number % 3))
+
+asyncio.run(main())
+"""
+    killed = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=False, timeout=60)
+    acknowledged = {int(line) for line in killed.stdout.split()}
+    with SqliteJournal(path) as journal:
+        kept = {found.version for found in journal.tasks()}
+    assert killed.returncode == -9
+    assert len(acknowledged) > 20
+    assert acknowledged <= kept
+
+
+async def test_many_adds_share_a_commit(tmp_path: Path) -> None:
+    tasks = [replace(TASK, program=f"def f(x):\n    return x + {number}") for number in range(50)]
+    with SqliteJournal(tmp_path / "journal.sqlite") as journal:
+        async with asyncio.TaskGroup() as adding:
+            for number, task in enumerate(tasks):
+                adding.create_task(journal.add(task, version=0, group_id=number))
+        assert [found.group_id for found in journal.tasks()] == list(range(50))
+        assert journal.numbers()["commits"] < 10
+
+
+async def test_a_known_task_is_not_written_twice(tmp_path: Path) -> None:
+    with SqliteJournal(tmp_path / "journal.sqlite") as journal:
+        await journal.add(TASK, version=3)
+        await journal.add(replace(TASK, program=TASK.program + "\n\n", message="other"), version=4)
+        assert journal.problems() == [TASK]
+
+
+async def test_a_task_knows_its_parents_and_its_use(tmp_path: Path) -> None:
+    child = replace(TASK, program="def f(x):\n    return x")
+    use = TaskUse(draws=3, attempts=8, successes=5, reward=0.375, last_use=7)
+    with SqliteJournal(tmp_path / "journal.sqlite") as journal:
+        await journal.add(TASK, version=0, group_id=-1)
+        await journal.add(child, version=0, group_id=4, parents=[TASK])
+        journal.note_use([KnownTask(problem=child, use=use)])
+    with closing(sqlite3.connect(tmp_path / "journal.sqlite")) as reader:
+        rows = reader.execute(
+            "SELECT group_id, parents, draws, attempts, successes, reward, last_use FROM tasks"
+        ).fetchall()
+    assert rows == [(-1, "[]", 0, 0, 0, None, None), (4, "[1]", 3, 8, 5, 0.375, 7)]
 
 
 async def test_a_resumed_run_forgets_what_was_found_under_newer_weights(tmp_path: Path) -> None:
@@ -38,11 +127,99 @@ async def test_a_resumed_run_forgets_what_was_found_under_newer_weights(tmp_path
         assert journal.problems() == tasks[:3]
 
 
+async def test_the_ledger_is_on_the_disk_after_a_flush(tmp_path: Path) -> None:
+    ledger, (proposer, *solvers) = Ledger(), samples_of(group(5, 2))
+    with SqliteJournal(tmp_path / "journal.sqlite") as journal:
+        ledger.lease(group(5, 2))
+        journal.record(ledger.take())
+        ledger.judged(proposer, 0.5)
+        ledger.admitted(proposer, version=2)
+        ledger.installed(3)
+        ledger.dropped(solvers[0], "late", version=3)
+        journal.record(ledger.take())
+        await journal.flush()
+        with SqliteJournal(tmp_path / "journal.sqlite") as reader:
+            assert reader.samples() == {
+                proposer: Entry(version=2, stage="trained", reward=0.5, step=3),
+                solvers[0]: Entry(version=2, stage="dropped", step=4, reason="late"),
+                solvers[1]: Entry(version=2),
+            }
+            assert reader.left_groups(3) == []
+            assert reader.newest_groups() == {("deduction", True): 5}
+
+
+def test_closing_writes_what_nobody_waited_for(tmp_path: Path) -> None:
+    ledger = Ledger()
+    ledger.lease(group(1))
+    with SqliteJournal(tmp_path / "journal.sqlite") as journal:
+        journal.record(ledger.take())
+    with SqliteJournal(tmp_path / "journal.sqlite") as journal:
+        assert journal.left_groups(0) == [group(1)]
+
+
+@settings(max_examples=40)
+@given(entries=ENTRIES, version=st.integers(0, 6))
+def test_the_journal_rolls_back_as_the_ledger_says(entries: dict[SampleId, Entry], version: int) -> None:
+    with SqliteJournal(Path(":memory:")) as journal:
+        journal.record(Changes(samples=entries))
+        journal.roll_back(version)
+        assert journal.samples() == rolled_back(entries, version)
+
+
+def test_a_group_that_is_in_the_weights_in_part_is_not_started_anew() -> None:
+    in_part, whole, done = group(0), group(1), group(2)
+    trained = Entry(version=0, stage="trained", step=1)
+    ledger = {sample: Entry(version=0) for admission in (in_part, whole) for sample in samples_of(admission)}
+    ledger |= {samples_of(in_part)[0]: trained} | dict.fromkeys(samples_of(done), trained)
+    with SqliteJournal(Path(":memory:")) as journal:
+        journal.record(Changes(groups=[in_part, whole, done], samples=ledger))
+        journal.roll_back(4)
+        assert journal.left_groups(4) == [whole]
+        stages = {sample: entry.stage for sample, entry in journal.samples().items() if entry.step == 5}
+        assert stages == dict.fromkeys(samples_of(in_part)[1:], "dropped")
+
+
+async def test_a_sample_that_is_closed_is_never_written_again_nor_anything_after_it() -> None:
+    journal = SqliteJournal(Path(":memory:"))
+    closed = Changes(samples={SampleId(1, "solve", 0): Entry(version=0, stage="trained", step=1)})
+    journal.record(closed)
+    journal.record(closed)
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="trained or dropped before"):
+            await journal.add(TASK, version=1)
+    with pytest.raises(TrainingError, match="trained or dropped before"):
+        journal.close()
+
+
 async def test_it_is_readable_with_any_sqlite_tool(tmp_path: Path) -> None:
     with SqliteJournal(tmp_path / "journal.sqlite") as journal:
         await journal.add(TASK, version=3)
-    rows = sqlite3.connect(tmp_path / "journal.sqlite").execute("SELECT task, version FROM tasks").fetchall()
-    assert rows == [("induction", 3)]
+        with closing(sqlite3.connect(tmp_path / "journal.sqlite")) as reader:  # while it is written
+            assert reader.execute("SELECT task, version FROM tasks").fetchall() == [("induction", 3)]
+
+
+def test_a_full_disk_is_told_with_the_way_out(tmp_path: Path) -> None:
+    program = f"""
+import asyncio, resource
+from dataclasses import replace
+from pathlib import Path
+from azr_async.adapters.journal import SqliteJournal
+from azr_async.algorithm.library import identity_problem
+from azr_async.errors import CheckpointError
+
+async def main():
+    with SqliteJournal(Path({str(tmp_path / "journal.sqlite")!r})) as journal:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        await journal.add(replace(identity_problem("deduction"), message="x" * 2**20), version=0)
+
+try:
+    asyncio.run(main())
+except CheckpointError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, timeout=60)
+    assert "journal.sqlite cannot be written" in done.stdout
+    assert "Free disk space, then continue with --resume" in done.stdout
 
 
 def test_a_damaged_file_is_named_with_the_way_out(tmp_path: Path) -> None:
@@ -52,8 +229,27 @@ def test_a_damaged_file_is_named_with_the_way_out(tmp_path: Path) -> None:
 
 
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
-    with sqlite3.connect(tmp_path / "journal.sqlite") as connection:
+    with closing(sqlite3.connect(tmp_path / "journal.sqlite")) as connection:
         connection.execute("PRAGMA user_version = 99")
-    connection.close()
     with pytest.raises(CheckpointError, match="schema version 99"):
         SqliteJournal(tmp_path / "journal.sqlite")
+
+
+def test_a_journal_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None)) as old:
+        old.execute(
+            "CREATE TABLE tasks (id INTEGER PRIMARY KEY, task TEXT NOT NULL, program TEXT NOT NULL, "
+            "pairs TEXT NOT NULL, shown INTEGER NOT NULL, message TEXT NOT NULL, version INTEGER NOT NULL)"
+        )
+        pairs = '[{"input": "1", "output": "2", "value": "{}"}]'
+        for number, program in enumerate(("def f(x): return 2", "def f(x): return 2\n", "def f(x): return x + 1")):
+            old.execute("INSERT INTO tasks VALUES (?, 'deduction', ?, ?, 1, '', 0)", (number + 1, program, pairs))
+        old.execute("PRAGMA user_version = 1")
+    for _ in range(2):
+        with SqliteJournal(path) as journal:
+            assert [found.number for found in journal.tasks()] == [1, 2, 3]  # also the one that is a double now
+            assert journal.samples() == {}
+    with closing(sqlite3.connect(path)) as reader:
+        assert reader.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+        assert reader.execute("SELECT count(*), count(key) FROM tasks").fetchone() == (3, 2)

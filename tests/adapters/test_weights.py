@@ -19,7 +19,7 @@ from hypothesis import strategies as some
 from torch import Tensor
 from torch.distributed import TCPStore
 
-from azr_async.adapters.weights import WeightGroup, connect_store, host_store
+from azr_async.adapters.weights import WeightGroup, connect_store, give_up, host_store
 from azr_async.adapters.weights.buckets import (
     HEAD_BYTES,
     LARGE_BYTES,
@@ -33,7 +33,7 @@ from azr_async.adapters.weights.buckets import (
     unpacked,
 )
 from azr_async.adapters.weights.memory import BufferMemory
-from azr_async.errors import ConfigError, WeightsError
+from azr_async.errors import ConfigError, RanksLost, WeightsError
 
 CPU = torch.device("cpu")
 FORKS = get_context("forkserver")
@@ -133,6 +133,19 @@ def dying_receiver(pipe: Connection, port: int, rank: int, world_size: int, how:
     a_group(connect_store("127.0.0.1", port, deadline_seconds), rank, world_size, deadline_seconds).receive(install)
 
 
+def full_receiver(pipe: Connection, port: int, rank: int, world_size: int) -> None:
+    """Has no room for what arrives, and waits to be ended."""
+
+    def install(tensors: Iterable[tuple[str, Tensor]]) -> None:
+        raise torch.OutOfMemoryError("no room here")
+
+    try:
+        a_group(connect_store("127.0.0.1", port, 20.0), rank, world_size).receive(install)
+    except RuntimeError as problem:
+        pipe.send(f"{type(problem).__name__}: {problem}")
+    pipe.poll(30.0)
+
+
 @contextmanager
 def process(target: Callable[..., None], *arguments: object) -> Iterator[Connection]:
     here, there = FORKS.Pipe()
@@ -230,10 +243,71 @@ def test_receivers_do_not_hang_when_another_rank_dies() -> None:
         process(receiver, store.port, 2, 3, 1, 4.0) as other,
     ):
         group = a_group(store, 0, 3, deadline_seconds=4.0)
-        with pytest.raises(WeightsError, match=r"rank"):
+        with pytest.raises(RanksLost) as error:
             group.send(many, version=5, bucket_bytes=BUCKET_BYTES)
+        assert error.value.ranks == (1,)
         assert "stopped answering" in str(answer(other))
         group.close()
+
+
+def test_what_fails_in_the_sender_is_no_lost_rank_and_nobody_waits_for_the_rest() -> None:
+    def streamed() -> Iterator[tuple[str, Tensor]]:
+        yield "first", torch.zeros(2000)
+        raise torch.OutOfMemoryError("no room to put the shards together")
+
+    store = host_store("127.0.0.1", 0)
+    with process(receiver, store.port, 1, 2, 1, 20.0) as only:
+        group = a_group(store, 0, 2)
+        began_seconds = time.perf_counter()
+        with pytest.raises(torch.OutOfMemoryError, match="put the shards together"):
+            group.send(streamed(), version=1, bucket_bytes=BUCKET_BYTES)
+        assert "was given up: rank 0 (the learner)" in str(answer(only))
+        assert time.perf_counter() - began_seconds < 10.0
+        group.close()
+
+
+def test_what_fails_in_a_receiver_is_its_own_error_and_no_healthy_rank_is_named() -> None:
+    store = host_store("127.0.0.1", 0)
+    many = ((f"layer {n}", torch.full((1000,), float(n))) for n in range(2000))
+    with process(receiver, store.port, 1, 3, 1, 20.0) as well, process(full_receiver, store.port, 2, 3) as full:
+        group = a_group(store, 0, 3)
+        began_seconds = time.perf_counter()
+        with pytest.raises(RanksLost, match="when a rank stopped answering") as error:
+            group.send(many, version=1, bucket_bytes=BUCKET_BYTES)
+        assert error.value.ranks == ()
+        assert answer(full) == "OutOfMemoryError: no room here"
+        assert "stopped answering" in str(answer(well))
+        assert time.perf_counter() - began_seconds < 10.0
+        group.close()
+
+
+def test_nobody_waits_longer_for_a_rank_that_is_known_to_be_gone() -> None:
+    store, lost = host_store("127.0.0.1", 0), list[int]()
+    many = ((f"layer {n}", torch.full((1000,), float(n))) for n in range(2000))
+    with process(dying_receiver, store.port, 1, 2, int(signal.SIGSTOP), 20.0):
+        group = WeightGroup(
+            store, group=1, rank=0, world_size=2, device=CPU, deadline_seconds=20.0, known_lost=lambda: lost
+        )
+        lost.append(1)
+        began_seconds = time.perf_counter()
+        with pytest.raises(RanksLost) as error:
+            group.send(many, version=5, bucket_bytes=BUCKET_BYTES)
+        assert error.value.ranks == (1,)
+        assert time.perf_counter() - began_seconds < 10.0
+        group.close()
+
+
+@pytest.mark.parametrize("is_built", [False, True])
+def test_nobody_waits_in_a_group_that_was_given_up(is_built: bool) -> None:
+    store = host_store("127.0.0.1", 0)
+    with process(receiver, store.port, 1, 2, 1, 20.0) as only:
+        group = a_group(store, 0, 2) if is_built else None
+        began_seconds = time.perf_counter()
+        give_up(store, 1)
+        assert "(rank 1 of 2) was given up: rank 0 (the learner)" in str(answer(only))
+        assert time.perf_counter() - began_seconds < 10.0
+        if group is not None:
+            group.close()
 
 
 def test_a_receiver_without_a_sender_gives_up_in_time() -> None:

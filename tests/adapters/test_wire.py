@@ -30,6 +30,8 @@ from azr_async.messages import (
     PushWeights,
     Rollout,
     RolloutBatch,
+    SelfPlayState,
+    StateRequest,
     WeightsInstalled,
     WeightsJoined,
     WeightsReady,
@@ -117,14 +119,16 @@ MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
         rollouts=tuples(rollouts()),
         stats=st.dictionaries(texts, numbers, max_size=3),
     ),
+    StateRequest: st.builds(StateRequest, version=counts),
+    SelfPlayState: st.builds(SelfPlayState, version=counts, state=texts),
     WeightsReady: st.builds(WeightsReady, version=counts, workers=st.dictionaries(texts, counts, max_size=3)),
     EvaluationRequest: st.builds(EvaluationRequest, version=counts),
     EvaluationResult: st.builds(
         EvaluationResult, version=counts, tasks=tuples(st.sampled_from(TASKS)), solved=tuples(st.booleans())
     ),
-    PushWeights: st.builds(PushWeights, version=counts, canary_ids=tuples(int32s())),
+    PushWeights: st.builds(PushWeights, version=counts, canary_ids=tuples(int32s()), group=counts),
     WeightsInstalled: st.builds(
-        WeightsInstalled, worker=texts, version=counts, canary_logp=float32s(), pause_seconds=numbers
+        WeightsInstalled, worker=texts, version=counts, canary_logp=float32s(), pause_seconds=numbers, group=counts
     ),
     JoinWeights: st.builds(JoinWeights, host=texts, port=counts, rank=counts, world_size=counts, group=counts),
     WeightsJoined: st.builds(WeightsJoined, worker=texts, group=counts),
@@ -249,10 +253,19 @@ def decoded_or_refused(data: bytes) -> type[object]:
             {"EvaluationResult": {"version": 1, "tasks": ["guess"], "solved": [True], "valid": {}}},
             "EvaluationResult.tasks: Input",
         ),
-        ({"PushWeights": {"version": 1, "canary_ids": [[1]]}}, "one-dimensional int32 array"),
-        ({"PushWeights": {"version": 1, "canary_ids": [msgpack.ExtType(2, b"1234")]}}, "one-dimensional int32 array"),
-        ({"PushWeights": {"version": 1, "canary_ids": [msgpack.ExtType(1, b"123")]}}, "not valid MessagePack"),
-        ({"PushWeights": {"version": 1, "canary_ids": [msgpack.ExtType(9, b"1234")]}}, "array code 9 is unknown"),
+        ({"PushWeights": {"version": 1, "group": 0, "canary_ids": [[1]]}}, "one-dimensional int32 array"),
+        (
+            {"PushWeights": {"version": 1, "group": 0, "canary_ids": [msgpack.ExtType(2, b"1234")]}},
+            "one-dimensional int32 array",
+        ),
+        (
+            {"PushWeights": {"version": 1, "group": 0, "canary_ids": [msgpack.ExtType(1, b"123")]}},
+            "not valid MessagePack",
+        ),
+        (
+            {"PushWeights": {"version": 1, "group": 0, "canary_ids": [msgpack.ExtType(9, b"1234")]}},
+            "array code 9 is unknown",
+        ),
     ],
 )
 def test_the_refusal_says_what_is_wrong(said: object, complaint: str) -> None:
@@ -321,7 +334,7 @@ def nested_lists(*, depth: int, promised: int) -> bytes:
 
 
 def test_arrays_arrive_read_only() -> None:
-    sent = PushWeights(version=1, canary_ids=(np.arange(3, dtype=np.int32),))
+    sent = PushWeights(version=1, group=0, canary_ids=(np.arange(3, dtype=np.int32),))
     arrived = wire.decode(wire.encode(sent), limit_bytes=LIMIT_BYTES)
     assert isinstance(arrived, PushWeights)
     assert not arrived.canary_ids[0].flags.writeable
@@ -330,8 +343,8 @@ def test_arrays_arrive_read_only() -> None:
 @pytest.mark.parametrize(
     "message",
     [
-        PushWeights(version=1, canary_ids=(np.zeros(2, np.int64),)),
-        PushWeights(version=1, canary_ids=(np.zeros((2, 2), np.int32),)),
+        PushWeights(version=1, group=0, canary_ids=(np.zeros(2, np.int64),)),
+        PushWeights(version=1, group=0, canary_ids=(np.zeros((2, 2), np.int32),)),
         WeightsReady(version=2**64),
         WeightsReady(version=np.int64(1)),  # type: ignore[arg-type]
         Progress(process="\ud800", phase=""),
@@ -344,7 +357,7 @@ def test_what_cannot_travel_is_refused_by_its_sender(message: Message) -> None:
 
 
 def test_a_strided_array_arrives_in_order() -> None:
-    sent = PushWeights(version=1, canary_ids=(np.arange(10, dtype=np.int32)[::3],))
+    sent = PushWeights(version=1, group=0, canary_ids=(np.arange(10, dtype=np.int32)[::3],))
     arrived = wire.decode(wire.encode(sent), limit_bytes=LIMIT_BYTES)
     assert isinstance(arrived, PushWeights)
     assert arrived.canary_ids[0].tolist() == [0, 3, 6, 9]

@@ -10,6 +10,7 @@ from azr_async.algorithm.leases import Leases
 from azr_async.messages import GenerateJob, Prompt
 
 NAMES = ("a", "b", "c")
+REMEMBERED = 6
 
 
 def job(job_id: int, samples: int = 1, priority: int = 0) -> GenerateJob:
@@ -33,7 +34,7 @@ class ComingAndGoing(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.leases = Leases()
+        self.leases = Leases(REMEMBERED)
         self.slots: dict[str, int] = {}
         self.able: set[str] = set()
         self.asked: set[tuple[int, int]] = set()
@@ -99,6 +100,11 @@ class ComingAndGoing(RuleBasedStateMachine):
             owed = [job_id for job_id in self.leases.held_by(name) if self.leases.is_open(job_id)]
             assert (self.leases.room[name] == slots) == (not owed)
 
+    @invariant()
+    def no_more_is_remembered_than_was_to_be(self) -> None:
+        assert len(self.leases._revoked) <= REMEMBERED
+        assert len(self.leases._open) <= len({job_id for job_id, _ in self.asked} - self.left)
+
     def teardown(self) -> None:
         """One more worker, and nothing is missing."""
         self.leases.welcome("last", 10_000)
@@ -145,6 +151,31 @@ def test_what_comes_late_is_told_apart_from_what_was_never_asked_for() -> None:
     assert not leases.settle("b", 1, 1)
     assert not leases.settle("a", 9, 0)
     assert (leases.late, leases.unknown) == (1, 3)
+
+
+def test_who_is_started_again_is_not_late_with_what_another_of_its_name_had() -> None:
+    leases = Leases()
+    leases.add(job(1))
+    leases.welcome("a", 1)
+    leases.next(lambda name: True)
+    leases.lose("a")
+    leases.welcome("a", 1)
+    assert not leases.settle("a", 1, 0)
+    assert (leases.late, leases.unknown) == (0, 1)
+
+
+@given(given_up=st.integers(1, 12))
+def test_only_what_was_taken_last_is_remembered(given_up: int) -> None:
+    leases = Leases(REMEMBERED)
+    leases.welcome("a", 100)
+    for job_id in range(given_up):
+        leases.add(job(job_id))
+        leases.next(lambda name: True)
+        leases.cancel(job_id)
+    for job_id in range(given_up):
+        leases.settle("a", job_id, 0)
+    assert leases.late == min(given_up, REMEMBERED)
+    assert leases.unknown == given_up - leases.late
 
 
 def test_a_job_may_itself_ask_for_some_of_its_samples_only() -> None:

@@ -1,11 +1,12 @@
 """The lag bound, against any interleaving of admissions, completions, rejections, batches and versions."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -181,18 +182,25 @@ def test_young_samples_do_not_overtake_so_many_old_ones_that_a_later_batch_canno
     """max_lag 2, batches of one: with g1 and g2 of version 0 still flying, batch 1 must not be g3 of version 1."""
     window = flow(2, propose=1, solve=1, attempts=1, tasks=("deduction",))
 
-    def finish(group_id: int, version: int) -> None:
-        window.complete(rollout(group_id, "propose", "deduction", version))
-        window.complete(rollout(group_id, "solve", "deduction", version))
+    groups: list[int] = []
+
+    def admit() -> bool:
+        admission = window.admit(())
+        groups.extend([admission.group_id] if admission else [])
+        return admission is not None
+
+    def finish(number: int, version: int) -> None:
+        window.complete(rollout(groups[number], "propose", "deduction", version))
+        window.complete(rollout(groups[number], "solve", "deduction", version))
 
     def groups_of(batch: list[Rollout] | None) -> set[int] | None:
-        return None if batch is None else {sample.group_id for sample in batch}
+        return None if batch is None else {groups.index(sample.group_id) for sample in batch}
 
-    assert [window.admit(()) is not None for _ in range(4)] == [True, True, True, False]
+    assert [admit() for _ in range(4)] == [True, True, True, False]
     finish(0, 0)
     assert groups_of(window.compose(0, ())) == {0}
     window.installed(1)
-    assert window.admit(()) is not None
+    assert admit()
     finish(3, 1)
     assert window.compose(1, ()) is None
     finish(2, 0)
@@ -253,3 +261,49 @@ def test_tokens_from_the_future_are_refused() -> None:
 def test_a_sample_without_a_slot_is_refused() -> None:
     with pytest.raises(TrainingError, match="without an admitted slot"):
         flow().complete(rollout(99, "solve", "deduction", 0))
+
+
+@given(
+    orders=st.lists(st.permutations(range(12)), min_size=2, max_size=2),
+    bad=st.sets(st.integers(0, 11), max_size=6),
+)
+def test_with_max_lag_0_the_numbers_of_groups_do_not_depend_on_who_was_quicker(
+    orders: list[list[int]], bad: set[int]
+) -> None:
+    """Some proposals turn out invalid, in any order: tasks of the library take the places of their attempts."""
+
+    def numbers(order: list[int]) -> set[Admission]:
+        window = flow(max_lag=0, propose=4, solve=8, attempts=2)
+        window.installed(0)
+        started = [admission for _ in range(99) if (admission := window.admit(TASKS)) is not None]
+        proposals = sorted((group for group in started if group.is_proposal), key=lambda group: group.group_id)
+        for place in order:
+            window.complete(rollout(proposals[place].group_id, "propose", proposals[place].task, 0))
+            if place in bad:
+                window.release(proposals[place].group_id, ("solve", proposals[place].task))
+                started += [admission for _ in range(2) if (admission := window.admit(TASKS)) is not None]
+        return set(started)
+
+    assert numbers(orders[0]) == numbers(orders[1])
+
+
+def test_groups_that_an_earlier_process_left_are_started_anew_under_their_numbers() -> None:
+    earlier, window = flow(max_lag=1), flow(max_lag=0)
+    left = [admission for _ in range(99) if (admission := earlier.admit(TASKS)) is not None]
+    window.first_group = 6 * len(left)
+    window.installed(7)
+    left_out = window.reissue(left)
+    again = [admission for _ in range(99) if (admission := window.admit(TASKS)) is not None]
+    started_anew = [group for group in left if group not in left_out]
+    assert len(left_out) == len(left) / 2  # there is room for one batch now, and was for two
+    assert again == [replace(group, version=7) for group in started_anew]
+
+
+def test_new_weights_that_are_told_twice_number_the_groups_once() -> None:
+    window = flow(max_lag=3)
+    first = window.admit(TASKS)
+    window.installed(0)
+    second = window.admit(TASKS)
+    assert first is not None
+    assert second is not None
+    assert first.group_id != second.group_id

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -29,9 +30,9 @@ WIDTH = 8192
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a worker in the middle of the push of a version."""
+    """What happens to a worker in the middle of the push of a version, or when it is to join a group."""
 
-    version: int
+    version: int | Literal["join"]
     signal: signal.Signals
 
 
@@ -72,6 +73,8 @@ async def _serve(name: str, config: Config, wires_dir: Path, fault: Fault | None
         async for order in orders:
             try:
                 if isinstance(order, JoinWeights):
+                    if fault is not None and fault.version == "join":
+                        os.kill(os.getpid(), fault.signal)
                     group = await asyncio.to_thread(_joined, order, config.weights.deadline_seconds)
                     await learner.send(WeightsJoined(worker=name, group=order.group))
                     continue
@@ -83,7 +86,9 @@ async def _serve(name: str, config: Config, wires_dir: Path, fault: Fault | None
             (wires_dir.parent / f"{name}.installed").open("a").write(f"{order.version}\n")
             canary_logp = scorer.score(order.canary_ids)
             await learner.send(
-                WeightsInstalled(worker=name, version=order.version, canary_logp=canary_logp, pause_seconds=0.0)
+                WeightsInstalled(
+                    worker=name, version=order.version, canary_logp=canary_logp, pause_seconds=0.0, group=order.group
+                )
             )
 
 

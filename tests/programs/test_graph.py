@@ -28,10 +28,13 @@ from azr_async.messages import (
     Pair,
     Problem,
     RolloutBatch,
+    SelfPlayState,
+    StateRequest,
     WeightsReady,
 )
 from azr_async.programs.graph import Reply, Request, self_play
 from azr_async.programs.parts import Parts
+from azr_async.programs.selfplay import known_standing, restored_library
 
 CONFIG = Config(
     flow=FlowConfig(max_lag=1, propose_samples=3, solve_samples=16),
@@ -79,7 +82,9 @@ class ScriptedLearner:
         self.requests, self.requested = requests
         self.replies, self.replied = replies
 
-    async def start(self) -> None:
+    async def start(self, state: str = "") -> None:
+        if state:
+            await self.requests.send(SelfPlayState(version=self.version, state=state))
         await self.requests.send(WeightsReady(version=self.version))
 
     async def batch(self) -> RolloutBatch:
@@ -87,6 +92,12 @@ class ScriptedLearner:
         reply = await anext(self.replied)
         assert isinstance(reply, RolloutBatch)
         return reply
+
+    async def state(self) -> str:
+        await self.requests.send(StateRequest(version=self.version))
+        reply = await anext(self.replied)
+        assert isinstance(reply, SelfPlayState)
+        return reply.state
 
     async def trained(self) -> None:
         self.version += 1
@@ -102,6 +113,7 @@ async def running(
     stop: asyncio.Event | None = None,
     engine: type[ScriptedEngine] = ScriptedEngine,
     version: int = 0,
+    state: str = "",
 ) -> AsyncIterator[tuple[ScriptedLearner, Parts]]:
     learner = ScriptedLearner()
     learner.version = version
@@ -114,25 +126,29 @@ async def running(
                 dialogue=make_dialogue("compact"),
                 journal=journal,
                 library=Library(capacity=1000, seed=1),
-                notes={"sandbox.layers.seccomp": "verified"},
                 suite=suite,
                 usage=lambda: {"busy.inference": 0.0, "busy.sandbox": sandbox.busy_seconds, "tokens.generated": 0.0},
                 gauges=lambda: {"sandbox.forks": 1.0},
+                notes={"sandbox.layers.seccomp": "verified"},
                 report=lambda phase, done, total: None,
                 group_ids=count(-1, -1),
                 start_version=version,
             )
 
-            async def begin(version: int) -> Parts:
+            async def begin(version: int, state: str) -> Parts:
                 assert version == parts.start_version
-                return parts
+                standing = known_standing(config, state, version=version)
+                if standing is None:
+                    return parts
+                library = await restored_library(config, journal, (), version=version, standing=standing)
+                return replace(parts, library=library, standing=standing)
 
             async with asyncio.TaskGroup() as group:
                 async with learner.requests:
                     serving = group.create_task(
                         self_play(begin, learner.requested, learner.replies, stop=stop or asyncio.Event())
                     )
-                    await learner.start()
+                    await learner.start(state)
                     yield learner, parts
                 await serving
 
@@ -179,7 +195,7 @@ async def test_a_resumed_loop_draws_otherwise_than_from_the_start_and_the_same_e
 
 
 async def test_a_learner_that_ends_before_it_began_ends_self_play(tmp_path: Path) -> None:
-    async def never_begin(version: int) -> Parts:
+    async def never_begin(version: int, state: str) -> Parts:
         raise AssertionError
 
     learner = ScriptedLearner()
@@ -196,6 +212,12 @@ async def test_rewards_follow_the_judge_and_learnability(tmp_path: Path) -> None
     assert solver == {1.0, -0.5}  # every other attempt is off by one
     assert proposer <= {-1.0, 0.5, 0.0}
     assert 0.5 in proposer  # half of the attempts succeed
+
+
+async def test_what_is_told_in_words_goes_with_the_first_batch_only(tmp_path: Path) -> None:
+    async with running(tmp_path) as (learner, _):
+        notes = [dict((await learner.batch()).notes), dict((await learner.batch()).notes)]
+    assert notes == [{"sandbox.layers.seccomp": "verified"}, {}]
 
 
 async def test_a_held_out_program_is_never_learned_from(tmp_path: Path) -> None:
@@ -277,9 +299,3 @@ async def test_a_policy_that_proposes_nothing_valid_still_trains(tmp_path: Path)
     assert ("solve", "induction") not in sizes  # there is nothing to solve: the cell is excused
     assert len(sizes) == 5
     assert {rollout.reward for rollout in batch.rollouts if rollout.role == "propose"} == {-1.0}
-
-
-async def test_what_is_told_in_words_goes_with_the_first_batch_only(tmp_path: Path) -> None:
-    async with running(tmp_path) as (learner, _):
-        notes = [dict((await learner.batch()).notes), dict((await learner.batch()).notes)]
-    assert notes == [{"sandbox.layers.seccomp": "verified"}, {}]

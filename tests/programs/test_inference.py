@@ -2,8 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,7 @@ class Peers:
     answers: ZmqReceiver[WorkerReady | WeightsJoined | WeightsInstalled]
     jobs: ZmqSender[GenerateJob]
     pushes: ZmqSender[JoinWeights | PushWeights]
+    close_pushes: Callable[[], Awaitable[None]]
 
     async def completions(self, count: int) -> list[Completion]:
         found: list[Completion] = []
@@ -94,7 +96,7 @@ class Peers:
 
     async def push(self, group: WeightGroup, seed: int, version: int) -> WeightsInstalled:
         weights = [(name, tensor.detach()) for name, tensor in random_model("qwen2-tied", seed).named_parameters()]
-        await self.pushes.send(PushWeights(version=version, canary_ids=CANARY_IDS))
+        await self.pushes.send(PushWeights(version=version, group=0, canary_ids=CANARY_IDS))
         await asyncio.to_thread(partial(group.send, weights, version=version, bucket_bytes=2**16))
         answer = await anext(self.answers)
         assert isinstance(answer, WeightsInstalled)
@@ -123,8 +125,9 @@ async def peers(place: Place) -> AsyncIterator[Peers]:
         assert (ready.worker, ready.slots, also_ready.worker) == (NAME, 8, NAME)
         jobs: ZmqSender[GenerateJob] = zmq_sender(ready.endpoint, name="selfplay", peer=NAME)
         pushes: ZmqSender[JoinWeights | PushWeights] = zmq_sender(also_ready.endpoint, name="learner-0", peer=NAME)
-        async with pushes, jobs:
-            yield Peers(results, answers, jobs, pushes)
+        async with AsyncExitStack() as closing, jobs:
+            await closing.enter_async_context(pushes)
+            yield Peers(results, answers, jobs, pushes, closing.aclose)
 
 
 async def test_jobs_come_back_and_the_worker_ends_when_both_peers_have_closed(place: Place) -> None:
@@ -172,6 +175,33 @@ async def test_a_push_goes_between_two_tokens_of_running_sequences(place: Place)
             await asyncio.to_thread(group.close)
 
 
+async def test_self_play_may_take_the_time_of_a_stop_to_close_after_the_learner(place: Place) -> None:
+    quick = place.config.model_copy(update={"weights": WeightsConfig(deadline_seconds=0.2)})
+    async with asyncio.TaskGroup() as group:
+        serving = group.create_task(serve(Reporter(NAME), name=NAME, config=quick, wires_dir=place.wires_dir))
+        async with peers(place) as ends:
+            await ends.close_pushes()
+            closed_seconds = time.monotonic()
+            while time.monotonic() < closed_seconds + 3 * quick.weights.deadline_seconds:
+                await ends.jobs.send(a_job())
+                await ends.completions(1)
+        await serving
+
+
+async def test_a_worker_that_self_play_still_has_was_given_up_by_the_learner(place: Place) -> None:
+    wires = WiresConfig(start_seconds=30.0, stop_seconds=0.3)
+    quick = place.config.model_copy(update={"weights": WeightsConfig(deadline_seconds=0.2), "wires": wires})
+    serving = asyncio.get_running_loop().create_task(
+        serve(Reporter(NAME), name=NAME, config=quick, wires_dir=place.wires_dir)
+    )
+    async with peers(place) as ends:
+        await ends.close_pushes()
+        await asyncio.wait([serving])
+    with pytest.raises(ExceptionGroup) as error:
+        await serving
+    assert error.group_contains(WeightsError, match=r"closed its end 0.3 s ago and the run goes on")
+
+
 async def test_a_request_to_stop_ends_a_worker_that_is_busy(place: Place) -> None:
     reporter = Reporter(NAME)
     async with asyncio.TaskGroup() as group:
@@ -201,7 +231,7 @@ async def test_a_push_without_a_group_ends_the_worker_with_the_reason(place: Pla
         serve(Reporter(NAME), name=NAME, config=place.config, wires_dir=place.wires_dir)
     )
     async with peers(place) as ends:
-        await ends.pushes.send(PushWeights(version=1, canary_ids=CANARY_IDS))
+        await ends.pushes.send(PushWeights(version=1, group=0, canary_ids=CANARY_IDS))
         await asyncio.wait([serving])
     with pytest.raises(ExceptionGroup) as error:
         await serving

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,15 @@ from azr_async.messages import (
     JoinWeights,
     PushWeights,
     RolloutBatch,
+    SelfPlayState,
+    StateRequest,
     WeightsInstalled,
     WeightsJoined,
     WeightsReady,
     WorkerReady,
 )
 from azr_async.programs.learner import learn
+from azr_async.programs.learner_wires import ToSelfPlay
 from azr_async.programs.wiring import Reporter, endpoint
 from tests.random_models import random_model, save_random_model
 from tests.rollout_batches import random_batch
@@ -68,19 +71,21 @@ class Peers:
     """Version whose batch is not sent before its weights are announced for the second time."""
     named: list[Mapping[str, int]] = field(default_factory=list)
     """The workers of each WeightsReady."""
+    states: list[SelfPlayState] = field(default_factory=list)
+    """What self-play was told to go on from."""
     heard: list[tuple[str, int]] = field(default_factory=list)
     model: Any = field(default_factory=lambda: random_model("qwen2-tied", seed=77))
     installed: int = -1
 
     async def selfplay(self) -> None:
         """Answers every request at once, with batches that lag by one version where they can."""
-        requests: ZmqReceiver[BatchRequest | EvaluationRequest | WeightsReady] = zmq_receiver(
+        requests: ZmqReceiver[ToSelfPlay] = zmq_receiver(
             endpoint(self.config, self.wires_dir, "selfplay-requests"),
-            (BatchRequest, EvaluationRequest, WeightsReady),
+            (BatchRequest, EvaluationRequest, StateRequest, SelfPlayState, WeightsReady),
             name="selfplay-requests",
             capacity=8,
         )
-        replies: ZmqSender[RolloutBatch | EvaluationResult] = zmq_sender(
+        replies: ZmqSender[RolloutBatch | EvaluationResult | SelfPlayState] = zmq_sender(
             endpoint(self.config, self.wires_dir, "learner-batches"), name="selfplay", peer="learner-0"
         )
         async with requests, replies:
@@ -97,6 +102,10 @@ class Peers:
                         self.on_weights(request)
                         if version == self.withheld_batch and self.heard.count(("WeightsReady", version)) == 2:
                             await replies.send(self.batch(version))
+                    case StateRequest(version=version):
+                        await replies.send(SelfPlayState(version=version, state=f"self-play at {version}"))
+                    case SelfPlayState():
+                        self.states.append(request)
                     case EvaluationRequest(version=version) if version != self.unanswered_evaluation:
                         solved = (True, version > 0, False, True)
                         await replies.send(
@@ -132,6 +141,7 @@ class Peers:
                             version=version,
                             canary_logp=self.score(order.canary_ids),
                             pause_seconds=0.01,
+                            group=order.group,
                         )
                         if not self.is_worker_silent:
                             await learner.send(self.tamper(answer))
@@ -313,6 +323,17 @@ async def test_a_resumed_run_ends_like_one_that_was_never_interrupted(tmp_path: 
     assert [line["wall_seconds"] for line in lines] == sorted(line["wall_seconds"] for line in lines)
 
 
+async def test_self_play_goes_on_from_what_it_said_for_the_checkpoint(tmp_path: Path) -> None:
+    config = a_config(tmp_path)
+    await run_learner(tmp_path, config)
+    folder = tmp_path / "run" / "checkpoints" / "step-000004"
+    assert (folder / "selfplay.json").read_text() == "self-play at 4"
+    longer = config.model_copy(update={"run": config.run.model_copy(update={"steps": 6})})
+    peers = await run_learner(tmp_path, longer, resume=folder)
+    assert peers.states == [SelfPlayState(version=4, state="self-play at 4")]
+    assert next(kind for kind, _ in peers.heard if kind in ("SelfPlayState", "WeightsReady")) == "SelfPlayState"
+
+
 async def test_a_run_resumed_from_an_older_checkpoint_leaves_nothing_of_the_abandoned_steps(tmp_path: Path) -> None:
     config = a_config(tmp_path)
     await run_learner(tmp_path, config)
@@ -397,6 +418,7 @@ async def test_a_worker_that_computes_something_else_stops_the_run_by_name(tmp_p
             version=answer.version,
             canary_logp=answer.canary_logp + np.float32(0.25),
             pause_seconds=0.0,
+            group=answer.group,
         )
 
     (tmp_path / "wires").mkdir()
@@ -404,6 +426,17 @@ async def test_a_worker_that_computes_something_else_stops_the_run_by_name(tmp_p
         await run_learner(tmp_path, config, Peers(config, tmp_path / "wires", tamper=disagree))
     assert "inference-0 and the learner disagree by 0.25 nats" in messages[0]
     assert "canary_tolerance = 0.0001" in messages[0]
+
+
+async def test_an_answer_to_an_earlier_attempt_at_a_push_does_not_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = a_config(tmp_path, weights={"deadline_seconds": 1.0}, wires={"start_seconds": 2.0})
+    (tmp_path / "wires").mkdir()
+    earlier = Peers(config, tmp_path / "wires", tamper=lambda answer: replace(answer, group=answer.group - 1))
+    async with failing_with(PeerVanished):
+        await run_learner(tmp_path, config, earlier)
+    assert "no WeightsInstalled came within weights.deadline_seconds = 1 s" in caplog.text
 
 
 async def test_a_worker_that_does_not_answer_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

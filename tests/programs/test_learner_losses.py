@@ -67,6 +67,18 @@ async def test_a_worker_lost_in_the_middle_of_a_push_is_left_out_and_the_push_re
     assert all(line["weights"]["push_seconds"] < 3.0 + 5.0 for line in lines_of(tmp_path))
 
 
+async def test_nobody_waits_until_the_deadline_in_a_group_that_another_worker_never_joined(tmp_path: Path) -> None:
+    config = two_workers(tmp_path, weights={"deadline_seconds": 30.0, "bucket_mb": 1}, run={"steps": 1})
+    peers = Peers(config, tmp_path / "wires")
+    with (
+        push_worker("inference-0", config, peers.wires_dir),
+        push_worker("inference-1", config, peers.wires_dir, Fault("join", signal.SIGKILL)),
+    ):
+        async with asyncio.timeout(20.0):
+            await run_with(peers, tmp_path)
+    assert installed_by("inference-0", peers.wires_dir) == [0, 1]
+
+
 async def test_a_worker_that_was_started_again_gets_the_weights_and_is_named_again(tmp_path: Path) -> None:
     """It is killed in the push of version 2 and started again while the learner goes on."""
     config = two_workers(tmp_path, run={"steps": 10_000}, checkpoint={"every_steps": 0})

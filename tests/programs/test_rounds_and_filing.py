@@ -12,6 +12,7 @@ from azr_async.adapters.engine_client import ScriptedEngine
 from azr_async.adapters.journal import SqliteJournal
 from azr_async.adapters.sandbox.pool import SandboxPool
 from azr_async.algorithm.dialogue import make_dialogue
+from azr_async.algorithm.ledger import Ledger
 from azr_async.algorithm.library import Library, identity_problem
 from azr_async.algorithm.staleness import Flow
 from azr_async.algorithm.values import encode
@@ -97,7 +98,7 @@ def rollout(group_id: int) -> Rollout:
 
 def filing(library: Library) -> tuple[Filing, Flow]:
     flow = Flow(max_lag=1, propose_samples=1, solve_samples=1, trained_attempts=1, tasks=TASKS)
-    made = Filing(flow, library, tasks=TASKS, usage=dict, gauges=dict, widths={}, on_change=lambda: None)
+    made = Filing(flow, library, Ledger(), tasks=TASKS, usage=dict, gauges=dict, widths={}, on_change=lambda: None)
     return made, flow
 
 
@@ -124,6 +125,7 @@ def test_the_task_of_a_dropped_sample_is_drawn_next() -> None:
     library.add(PROBLEM)
     desk, flow = filing(library)
     admission = next(a for _ in range(9) if (a := flow.admit(())) is not None and a.task == "deduction")
+    desk.admitted(admission)
     desk.group(*judged(PROBLEM, admission.group_id), [rollout(admission.group_id)])
     desk.dropped([rollout(admission.group_id)])
     assert library.task("deduction") == PROBLEM

@@ -1,7 +1,7 @@
 """Every stage, cancelled while it waits for the engine or the sandbox, leaves neither task nor message behind."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from itertools import count
 
 import numpy as np
@@ -64,7 +64,9 @@ class Never:
         await self._wait()
         return Outcome(status="ok")
 
-    async def add(self, problem: Problem, *, version: int) -> None:
+    async def add(
+        self, problem: Problem, *, version: int, group_id: int | None = None, parents: Collection[Problem] = ()
+    ) -> None:
         await self._wait()
 
 
@@ -180,6 +182,7 @@ def stage_that_only_waits(name: str) -> Callable[[], Awaitable[None]]:
             library=library,
             changed=Changed(),
             stop=asyncio.Event(),
+            on_admitted=lambda admission: None,
         ),
         "supply": lambda: supply(
             requests[1],
@@ -187,6 +190,7 @@ def stage_that_only_waits(name: str) -> Callable[[], Awaitable[None]]:
             flow=flow(),
             library=library,
             changed=Changed(),
+            on_batch=never_called,
             on_dropped=never_called,
             stats=dict,
             notes={},

@@ -7,8 +7,9 @@ comes and the wire never waits. A bucket is broadcast in pieces, and several pie
 sides compute the checksum of one while others are, and receivers install a bucket while the next one comes.
 """
 
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, Final
 
@@ -34,12 +35,24 @@ _GPU_PIECE_BYTES: Final = 2**26
 _PIECES_UNDER_WAY: Final = 2
 
 
-class Broadcasts:
-    """Broadcasts from rank 0, waited for in the order in which they began. Raises RuntimeError when a rank is lost."""
+class Broken(Exception):
+    """Ranks that this one needs stopped answering; what fails in this process is another error."""
 
-    def __init__(self, processes: Any, deadline_seconds: float) -> None:  # noqa: ANN401 - see _process_group
+
+class Broadcasts:
+    """Broadcasts from rank 0, waited for in the order in which they began. Raises Broken when a rank is lost."""
+
+    def __init__(
+        self,
+        processes: Any,  # noqa: ANN401 - see _process_group
+        deadline_seconds: float,
+        look: Callable[[], None],
+        look_seconds: float,
+    ) -> None:
+        """Who waits calls `look` every so many seconds; what it raises ends the waiting."""
         self._processes = processes
         self._deadline = timedelta(seconds=deadline_seconds)
+        self._look, self._look_seconds = look, look_seconds
         self.ended_bytes = 0
         self._under_way: deque[tuple[Tensor, Any]] = deque()
 
@@ -57,14 +70,31 @@ class Broadcasts:
         options = BroadcastOptions()
         options.rootRank = 0
         options.timeout = self._deadline
-        self._under_way.append((tensor, self._processes.broadcast([tensor], options)))
+        try:
+            work = self._processes.broadcast([tensor], options)
+        except RuntimeError as problem:
+            raise Broken from problem
+        self._under_way.append((tensor, work))
 
     def end_oldest(self) -> Tensor:
         """Wait for it, for the deadline at most; gives its tensor."""
         tensor, work = self._under_way.popleft()
-        work.wait(self._deadline)
+        give_up_at = time.monotonic() + self._deadline.total_seconds()
+        while not self._has_ended(work, give_up_at - time.monotonic()):
+            self._look()
         self.ended_bytes += tensor.nbytes
         return tensor
+
+    def _has_ended(self, work: Any, left_seconds: float) -> bool:  # noqa: ANN401 - see _process_group
+        """Wait a while for it."""
+        had_ended, is_last_look = work.is_completed(), left_seconds <= self._look_seconds
+        try:
+            work.wait(timedelta(seconds=max(0.001, min(left_seconds, self._look_seconds))))
+        except RuntimeError as problem:  # it failed, or goes on: one that had ended before cannot go on
+            if had_ended or is_last_look:
+                raise Broken from problem
+            return False
+        return True
 
     def abort(self) -> None:
         """End them all; no other can begin."""

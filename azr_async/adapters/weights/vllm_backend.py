@@ -53,6 +53,7 @@ class BroadcastTransfer(WeightTransferEngine[Join, Receive]):
         super().__init__(*context)
         self._group: WeightGroup | None = None
         self._is_direct = False
+        self._received: list[tuple[str, Tensor]] = []
         self._missing: set[str] = set()
 
     def init_transfer_engine(self, init_info: Join) -> None:
@@ -76,29 +77,33 @@ class BroadcastTransfer(WeightTransferEngine[Join, Receive]):
     def receive_weights(self, update_info: Receive) -> None:
         """Raises WeightsError when rank 0 stops, or sends another version than announced.
 
-        Between GPUs tensors are put into place as they come. Through the host's memory only when all are there: so the
-        model stays whole when a rank is lost on the way.
+        Between GPUs tensors are put into place as they come. Through the host's memory only at the end of the update:
+        so the model stays whole when a rank is lost on the way.
         """
         if self._group is None:
             raise WeightsError(
                 f"version {update_info.version} was pushed before this engine joined a weight group. "
                 "The learner has to send JoinWeights first; run the same version of azr_async everywhere."
             )
-        tensors: list[tuple[str, Tensor]] = []
+        self._received = []
         if self._is_direct:
             initialize_layerwise_reload(self.model)
-        version, _ = self._group.receive(self._load if self._is_direct else tensors.extend)
+        version, _ = self._group.receive(self._load if self._is_direct else self._received.extend)
         if version != update_info.version:
             raise WeightsError(
                 f"the engine was told of version {update_info.version} but received version {version}. "
                 "Resume from the last checkpoint; if it happens again, report it."
             )
-        if not self._is_direct:
-            initialize_layerwise_reload(self.model)
-            self._load(tensors)
 
     def finish_weight_update(self) -> None:
-        """Put the new weights to use. Raises WeightsError when a parameter did not come."""
+        """Put the new weights to use; every process of the engine has received them by now.
+
+        Raises WeightsError when a parameter did not come. The model is of no use then.
+        """
+        if not self._is_direct:
+            initialize_layerwise_reload(self.model)
+            self._load(self._received)
+            self._received = []
         if self._missing:
             raise WeightsError(
                 f"the learner's weights came without {len(self._missing)} parameters of the engine's model, among them "

@@ -1,7 +1,7 @@
 """vLLM behind the same jobs, pushes and canaries as the embedded engine.
 
 vLLM runs in processes of its own; what happens there - batching, the key-value cache, receiving weights - is asked for
-through its public interface for asynchronous reinforcement learning, of which docs/architecture.md has the map.
+through its public interface for asynchronous reinforcement learning. docs/engines.md tells the whole story.
 """
 
 import asyncio
@@ -23,6 +23,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from azr_async.adapters.engines.gate import Gate
 from azr_async.adapters.engines.jobs import check_job, refusals
 from azr_async.adapters.engines.texts import Texts
 from azr_async.errors import EngineError, RanksLost, WeightsError
@@ -31,8 +32,9 @@ from azr_async.messages import Completion, GenerateJob, Int32s, JoinWeights
 OnNewWeights = Literal["keep", "recompute", "restart"]
 
 _PROMPTS_REMEMBERED: Final = 1024
+CANARY_SLOTS: Final = 4
+"""Sequences that vLLM has room for beside the samples, so that a canary waits for none of them."""
 _FIRST_OF_ALL: Final = -(2**31)
-"""Priority of the canaries: nothing waits longer than they do."""
 
 
 class VllmEngine:
@@ -44,15 +46,17 @@ class VllmEngine:
         tokenizer: PreTrainedTokenizerBase,
         end_ids: frozenset[int],
         *,
+        slots: int,
         context_tokens: int,
         on_new_weights: OnNewWeights,
         weights_device: Literal["cpu", "cuda"],
         deadline_seconds: float,
     ) -> None:
         """Args:
-        llm: as `options.engine_arguments` makes it.
+        llm: as `opening.open_engine` starts it, with room for `slots` samples and `CANARY_SLOTS` more.
         tokenizer: the model's.
         end_ids: tokens that end an answer.
+        slots: samples side by side.
         context_tokens: longest prompt plus completion.
         on_new_weights: what happens to running sequences: they go on with the key-value cache of the old weights
             (`keep`), with one that the new weights recompute, or start again (`restart`).
@@ -66,7 +70,7 @@ class VllmEngine:
         self._prompt_ids = lru_cache(_PROMPTS_REMEMBERED)(self._texts.prompt_ids)  # all samples of a job have one
         self._version = 0
         self._numbers = itertools.count()
-        self._busy = _Stopwatch()
+        self._busy, self._gate = _Stopwatch(), Gate(slots)
 
     @property
     def busy_seconds(self) -> float:
@@ -87,10 +91,11 @@ class VllmEngine:
         prompt_ids = self._prompt_ids(job.prompt)
         parameters = self._parameters(job)
         output = None
-        with self._busy.running():
-            while output is None or output.finish_reason == "abort":
-                ended = await self._generate(prompt_ids, parameters, priority=job.priority)
-                output = ended.outputs[0]
+        while output is None or output.finish_reason == "abort":
+            async with self._gate.admitted(job.priority, job.job_id):
+                with self._busy.running():
+                    ended = await self._generate(prompt_ids, parameters, priority=job.priority)
+            output = ended.outputs[0]
         self.generated_tokens += len(output.token_ids)
         return self._completion(job, index, prompt_ids, output)
 
@@ -116,7 +121,14 @@ class VllmEngine:
                 on with the old ones; between GPUs some are overwritten, and it waits until a later update succeeds.
             WeightsError: vLLM did not answer, or what came does not fill the model.
         """
+        self._gate.shut()
         began_seconds = time.perf_counter()
+        with self._busy.held():
+            await self._update(version)
+        self._gate.open()
+        return time.perf_counter() - began_seconds
+
+    async def _update(self, version: int) -> None:
         async with self._asked_to(f"pause for version {version}", else_raise=WeightsError):
             await self._llm.pause_generation(
                 mode="abort" if self._on_new_weights == "restart" else "keep",
@@ -129,12 +141,12 @@ class VllmEngine:
         except RanksLost:
             if self._weights_device == "cpu":
                 await self._llm.resume_generation()
+                self._gate.open()
             raise
         async with self._asked_to(f"use version {version}", else_raise=WeightsError):
             await self._llm.finish_weight_update(weight_version=str(version))
             self._version = version
             await self._llm.resume_generation()
-        return time.perf_counter() - began_seconds
 
     async def score(self, sequences: Sequence[Int32s]) -> NDArray[np.float32]:
         """Log-probabilities of all tokens but the first of each sequence, joined; nats, untempered."""
@@ -175,7 +187,7 @@ class VllmEngine:
 
     async def _generate(self, prompt_ids: Int32s, parameters: SamplingParams, *, priority: int) -> RequestOutput:
         """One request, in whatever way it ends; leaving early aborts it."""
-        # Sequences that start under other weights share no cached prompt.
+        # What is handed over under other weights shares no cached prompt.
         prompt = TokensPrompt(prompt_token_ids=prompt_ids.tolist(), cache_salt=str(self._version))
         ended: RequestOutput | None = None
         try:
@@ -243,22 +255,36 @@ class _Stopwatch:
     def __init__(self) -> None:
         self._total_seconds = 0.0
         self._running = 0
+        self._is_held = False
         self._since_seconds = 0.0
 
     def seconds(self) -> float:
         """Total so far."""
-        going_on = time.perf_counter() - self._since_seconds if self._running else 0.0
+        going_on = time.perf_counter() - self._since_seconds if self._running and not self._is_held else 0.0
         return self._total_seconds + going_on
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nothing counts inside of the block."""
+        self._stop()
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+            self._since_seconds = time.perf_counter()
+
+    def _stop(self) -> None:
+        self._total_seconds = self.seconds()
+        self._since_seconds = time.perf_counter()
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """One thing goes on inside of the block."""
-        if self._running == 0:
-            self._since_seconds = time.perf_counter()
+        self._stop()
         self._running += 1
         try:
             yield
         finally:
+            self._stop()
             self._running -= 1
-            if self._running == 0:
-                self._total_seconds += time.perf_counter() - self._since_seconds

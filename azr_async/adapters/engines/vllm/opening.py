@@ -8,7 +8,7 @@ from vllm.config import WeightTransferConfig
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from azr_async.adapters.engines.texts import end_ids
-from azr_async.adapters.engines.vllm.engine import OnNewWeights, VllmEngine
+from azr_async.adapters.engines.vllm.engine import CANARY_SLOTS, OnNewWeights, VllmEngine
 from azr_async.errors import EngineError
 
 _CPU_BLOCK_TOKENS: Final = 128
@@ -54,7 +54,7 @@ def open_engine(
         "model": source,
         "dtype": precision,
         "max_model_len": context_tokens,
-        "max_num_seqs": slots,
+        "max_num_seqs": slots + CANARY_SLOTS,
         "tensor_parallel_size": tensor_parallel,
         "seed": seed,
         "generation_config": "vllm",  # every sampling parameter comes with the job
@@ -84,6 +84,7 @@ def open_engine(
         llm,
         tokenizer,
         end_ids(_end_ids_of_model(source), tokenizer),
+        slots=slots,
         context_tokens=context_tokens,
         on_new_weights=on_new_weights,
         weights_device=weights_device,
@@ -105,5 +106,5 @@ def _cache_bytes(source: str, precision: str, slots: int, context_tokens: int) -
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     item_bytes = {"float32": 4, "bfloat16": 2}[precision]
-    blocks = (slots + 1) * (-(-context_tokens // _CPU_BLOCK_TOKENS) + 1)
+    blocks = (slots + CANARY_SLOTS + 1) * (-(-context_tokens // _CPU_BLOCK_TOKENS) + 1)
     return int(2 * shape.num_hidden_layers * heads * head_size * item_bytes * _CPU_BLOCK_TOKENS * blocks)
