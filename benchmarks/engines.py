@@ -148,6 +148,8 @@ def vllm(slots: int) -> Callable[[list[Prompt]], int]:
         seed=1,
     )
 
+    loop.run_until_complete(engine._llm.update_weight_version("0"))  # as if the first push had come
+
     async def sample_all(jobs: list[GenerateJob]) -> None:
         await asyncio.gather(*(engine.sample(job, index) for job in jobs for index in range(job.samples)))
 
