@@ -29,6 +29,7 @@ from azr_async.adapters.engines.embedded import EmbeddedEngine
 from azr_async.adapters.models import load_model, model_source
 from azr_async.adapters.weights.vllm_plugin import BACKEND
 from azr_async.algorithm.dialogue import make_dialogue
+from azr_async.config import Config
 from azr_async.messages import GenerateJob, Prompt
 from azr_async.programs.placement import VLLM_ENVIRONMENT
 from azr_async.starter.suite import STARTER_SUITE, load_suite
@@ -133,22 +134,9 @@ def vllm(slots: int) -> Callable[[list[Prompt]], int]:
     from azr_async.adapters.engines.vllm.opening import open_engine
 
     loop = asyncio.new_event_loop()
-    engine = open_engine(
-        model_source("starter"),
-        precision="float32",
-        device_type="cpu",
-        slots=slots,
-        context_tokens=CONTEXT_TOKENS,
-        on_new_weights="keep",
-        tensor_parallel=1,
-        memory_share=0.9,
-        transfer_backend=BACKEND,
-        weights_device="cpu",
-        deadline_seconds=60.0,
-        seed=1,
-    )
-
-    loop.run_until_complete(engine._llm.update_weight_version("0"))  # as if the first push had come
+    settings = {"slots": slots, "context_tokens": CONTEXT_TOKENS, "kind": "vllm"}
+    config = Config.model_validate({"engine": settings})
+    engine = open_engine(model_source("starter"), config, transfer_backend=BACKEND, seed=1)
 
     async def sample_all(jobs: list[GenerateJob]) -> None:
         await asyncio.gather(*(engine.sample(job, index) for job in jobs for index in range(job.samples)))

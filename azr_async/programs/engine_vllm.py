@@ -24,7 +24,7 @@ from azr_async.messages import (
     WeightsInstalled,
     WeightsJoined,
 )
-from azr_async.programs.engine_thread import Answer, Order, engine_device
+from azr_async.programs.engine_thread import Answer, Order
 
 if TYPE_CHECKING:
     from azr_async.adapters.engines.vllm import VllmEngine
@@ -149,17 +149,5 @@ def _open(config: Config, name: str) -> "VllmEngine":
             f"vLLM cannot be imported: {error}. Install it as README.md says; on a CPU `pip uninstall torchvision "
             "torchaudio torchcodec`, which were not built for this torch. Or use --engine transformers."
         ) from error
-    return open_engine(
-        model_source(config.model.path),
-        precision=config.model.precision,
-        device_type=engine_device(config).type,
-        slots=config.engine.slots,
-        context_tokens=config.engine.context_tokens,
-        on_new_weights=config.engine.on_new_weights,
-        tensor_parallel=config.placement.tensor_parallel,
-        memory_share=config.engine.memory_share,
-        transfer_backend=BACKEND,
-        weights_device=config.weights_device,
-        deadline_seconds=config.weights.deadline_seconds,
-        seed=engine_seed(config.run.seed, name),
-    )
+    source, seed = model_source(config.model.path), engine_seed(config.run.seed, name)
+    return open_engine(source, config, transfer_backend=BACKEND, seed=seed)

@@ -29,6 +29,7 @@ from azr_async.messages import (
     WeightsJoined,
     WorkerReady,
 )
+from azr_async.programs.engine_thread import embedded_server
 from azr_async.programs.inference import serve
 from azr_async.programs.wiring import Reporter, endpoint
 from tests.random_models import a_job, full_pass_logp, random_model, save_random_model
@@ -242,3 +243,14 @@ def canary_logp(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         logits = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1]
     return np.take_along_axis(torch.log_softmax(logits, -1).numpy(), ids[1:, None].astype(np.int64), -1)[:, 0]
+
+
+async def test_whatever_goes_wrong_where_weights_arrive_ends_the_worker_with_its_cause(place: Place) -> None:
+    async with embedded_server(place.config, NAME) as server:
+
+        def run_out_of_memory() -> None:
+            raise MemoryError("no room for a bucket")
+
+        server._about_weights(run_out_of_memory)
+        with pytest.raises(MemoryError, match="no room for a bucket"):
+            await server.run(lambda answer: None)

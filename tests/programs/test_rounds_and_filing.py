@@ -33,6 +33,7 @@ from azr_async.messages import (
 from azr_async.programs.filing import Filing
 from azr_async.programs.parts import Parts
 from azr_async.programs.rounds import evaluate, evaluate_proposer
+from tests.completions import a_completion
 
 PROBLEM = Problem(
     task="deduction", program="def f(x):\n    return x + 7", pairs=(Pair(input="1", output="8", value=encode(8)),)
@@ -104,17 +105,7 @@ def filing(library: Library) -> tuple[Filing, Flow]:
 
 def judged(problem: Problem, group_id: int, finish: Finish = "stop") -> tuple[Challenge, list[Judged]]:
     challenge = Challenge(group_id=group_id, problem=problem, proposal=None, attempts=1, trained_attempts=1)
-    one = np.ones(1, np.int32)
-    completion = Completion(
-        job_id=1,
-        index=0,
-        finish=finish,
-        text="",
-        prompt_ids=one,
-        token_ids=one,
-        behavior_logp=np.zeros(1, np.float32),
-        token_version=one,
-    )
+    completion = a_completion(finish=finish)
     return challenge, [Judged(attempt=Attempt(challenge=challenge, completion=completion), reward=1.0, reason="")]
 
 

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from itertools import count
 
-import numpy as np
 import pytest
 
 from azr_async.adapters.channels import MemoryReceiver, MemorySender, memory_channel
@@ -35,6 +34,7 @@ from azr_async.stages.propose import propose
 from azr_async.stages.solve import solve
 from azr_async.stages.validate import validate
 from azr_async.stages.verify import verify
+from tests.completions import a_completion
 
 
 class Never:
@@ -71,17 +71,7 @@ class Never:
 
 
 def completion() -> Completion:
-    one = np.ones(1, np.int32)
-    return Completion(
-        job_id=1,
-        index=0,
-        finish="stop",
-        text="1",
-        prompt_ids=one,
-        token_ids=one,
-        behavior_logp=np.zeros(1, np.float32),
-        token_version=one,
-    )
+    return a_completion("1")
 
 
 ADMISSION = Admission(group_id=1, task="deduction", is_proposal=True, trained_attempts=1, version=0)

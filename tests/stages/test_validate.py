@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from azr_async.adapters.channels import MemoryReceiver, MemorySender, memory_channel
@@ -10,24 +9,15 @@ from azr_async.adapters.journal import SqliteJournal
 from azr_async.adapters.sandbox.pool import SandboxPool
 from azr_async.algorithm.library import Library
 from azr_async.config import ProposeConfig
-from azr_async.messages import Admission, Challenge, Completion, Draft, Finish, Malformed, Proposal, Rejected
+from azr_async.messages import Admission, Challenge, Draft, Finish, Malformed, Proposal, Rejected
 from azr_async.stages.validate import validate
+from tests.completions import a_completion
 
 HELD_OUT = "def f(x):\n    return x + 7"
 
 
 def proposal(draft: Draft | Malformed, finish: Finish = "stop") -> Proposal:
-    one = np.ones(1, np.int32)
-    completion = Completion(
-        job_id=1,
-        index=0,
-        finish=finish,
-        text="",
-        prompt_ids=one,
-        token_ids=one,
-        behavior_logp=np.zeros(1, np.float32),
-        token_version=one,
-    )
+    completion = a_completion(finish=finish)
     admission = Admission(group_id=1, task="deduction", is_proposal=True, trained_attempts=1, version=0)
     return Proposal(admission=admission, references=(), completion=completion, draft=draft)
 

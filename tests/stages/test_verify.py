@@ -3,14 +3,13 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import numpy as np
-
 from azr_async.adapters.channels import MemoryReceiver, MemorySender, memory_channel
 from azr_async.adapters.sandbox.pool import SandboxPool
 from azr_async.algorithm.dialogue import make_dialogue
 from azr_async.algorithm.values import encode
-from azr_async.messages import Attempt, Challenge, Completion, Finish, Judged, Pair, Problem, Task
+from azr_async.messages import Attempt, Challenge, Finish, Judged, Pair, Problem, Task
 from azr_async.stages.verify import verify
+from tests.completions import a_completion
 
 RIGHT, WRONG, MALFORMED = 1.0, -0.5, -1.0
 
@@ -29,17 +28,7 @@ EQUAL_TO_ALL = "type('A', (), {'__eq__': lambda s, o: True, '__hash__': lambda s
 
 def attempt(of: Problem, text: str, finish: Finish = "stop") -> Attempt:
     challenge = Challenge(group_id=0, problem=of, proposal=None, attempts=1, trained_attempts=1)
-    one = np.ones(1, np.int32)
-    completion = Completion(
-        job_id=1,
-        index=0,
-        finish=finish,
-        text=text,
-        prompt_ids=one,
-        token_ids=one,
-        behavior_logp=np.zeros(1, np.float32),
-        token_version=one,
-    )
+    completion = a_completion(text, finish=finish)
     return Attempt(challenge=challenge, completion=completion)
 
 

@@ -1,6 +1,7 @@
-"""Which jobs make sense, and the answer to those that cannot be served."""
+"""Which jobs make sense, the answer to those that cannot be served, and which samples are none."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from azr_async.errors import EngineError
 from azr_async.messages import Completion, GenerateJob
@@ -32,3 +33,12 @@ def refusals(job: GenerateJob) -> list[Completion]:
         )
         for index in job.wanted
     ]
+
+
+def check_finite(logp: NDArray[np.float32], version: int) -> None:
+    """Raises EngineError when weights have gone bad: nothing that they sample can be trained on."""
+    if not np.isfinite(logp).all():
+        raise EngineError(
+            f"the model's weights of version {version} give log-probabilities that are not finite. "
+            "Lower learner.learning_rate or learner.clip_norm, and resume from a checkpoint before this version."
+        )

@@ -16,10 +16,9 @@ from azr_async.adapters.engines.embedded.forward import Forward, check_attention
 from azr_async.adapters.engines.embedded.installation import Installation
 from azr_async.adapters.engines.embedded.rows import Rows, Sequence, compaction
 from azr_async.adapters.engines.embedded.waiting import Waiting
-from azr_async.adapters.engines.jobs import check_job, refusals
+from azr_async.adapters.engines.jobs import check_finite, check_job, refusals
 from azr_async.adapters.engines.texts import Texts, end_ids
 from azr_async.algorithm.sampling import drawn, sampled_logp, uniforms
-from azr_async.errors import EngineError
 from azr_async.messages import Completion, GenerateJob, Int32s
 
 PREFILL_TOKENS: Final = 8192
@@ -146,11 +145,7 @@ class EmbeddedEngine:
         cached_B = rows.length_S[:count] - 1
         logits_BV = self._forward.decode(rows.tokens_SC[np.arange(count), cached_B], cached_B, self._cache)
         token_B, logp_B = _drawn_tokens(logits_BV, rows, count)
-        if not np.isfinite(logp_B).all():
-            raise EngineError(
-                f"the model's weights of version {self.version} give log-probabilities that are not finite. "
-                "Lower learner.learning_rate or learner.clip_norm, and resume from a checkpoint before this version."
-            )
+        check_finite(logp_B, self.version)
         rows.append_token(count, token_B, logp_B, self.version)
         self.generated_tokens += count
 

@@ -24,7 +24,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from azr_async.adapters.engines.gate import Gate
-from azr_async.adapters.engines.jobs import check_job, refusals
+from azr_async.adapters.engines.jobs import check_finite, check_job, refusals
 from azr_async.adapters.engines.texts import Texts
 from azr_async.errors import EngineError, RanksLost, WeightsError
 from azr_async.messages import Completion, GenerateJob, Int32s, JoinWeights
@@ -35,6 +35,8 @@ _PROMPTS_REMEMBERED: Final = 1024
 CANARY_SLOTS: Final = 4
 """Sequences that vLLM has room for beside the samples, so that a canary waits for none of them."""
 _FIRST_OF_ALL: Final = -(2**31)
+_AS_LOADED: Final = "default"
+"""What vLLM calls the weights that it has read from the disk; the embedded engine's version 0."""
 
 
 class VllmEngine:
@@ -149,8 +151,15 @@ class VllmEngine:
             await self._llm.resume_generation()
 
     async def score(self, sequences: Sequence[Int32s]) -> NDArray[np.float32]:
-        """Log-probabilities of all tokens but the first of each sequence, joined; nats, untempered."""
-        scored = await asyncio.gather(*(self._score(ids) for ids in sequences))
+        """Log-probabilities of all tokens but the first of each sequence, joined; nats, untempered.
+
+        Raises WeightsError when vLLM does not answer in time.
+        """
+        try:
+            async with asyncio.timeout(2 * self._deadline_seconds):
+                scored = await asyncio.gather(*(self._score(ids) for ids in sequences))
+        except TimeoutError:
+            raise self._silent("score the canaries") from None
         return np.concatenate([np.zeros(0, np.float32), *scored])
 
     def close(self) -> None:
@@ -164,16 +173,19 @@ class VllmEngine:
             async with asyncio.timeout(2 * self._deadline_seconds):
                 yield
         except TimeoutError:
-            raise WeightsError(
-                f"vLLM did not {do} within twice weights.deadline_seconds. Look into this worker's log; raise the "
-                "deadline if it was only slow."
-            ) from None
+            raise self._silent(do) from None
         except EngineDeadError as error:
             raise WeightsError(
                 f"vLLM's engine process died when it was to {do}. Look into this worker's log."
             ) from error
         except Exception as error:
             raise else_raise(f"vLLM could not {do}: {error}") from error
+
+    def _silent(self, do: str) -> WeightsError:
+        return WeightsError(
+            f"vLLM did not {do} within {2 * self._deadline_seconds:g} s, twice weights.deadline_seconds. "
+            "Look into this worker's log; raise the deadline if it was only slow."
+        )
 
     async def _score(self, ids: Int32s) -> NDArray[np.float32]:
         parameters = SamplingParams(
@@ -222,11 +234,7 @@ class VllmEngine:
         token_ids = np.asarray(output.token_ids, np.int32)
         logprobs: Any = output.logprobs or ()
         logp = np.array([one[token].logprob for one, token in zip(logprobs, output.token_ids, strict=True)], np.float32)
-        if not np.isfinite(logp).all():
-            raise EngineError(
-                f"the model's weights of version {self._version} give log-probabilities that are not finite. "
-                "Lower learner.learning_rate or learner.clip_norm, and resume from a checkpoint before this version."
-            )
+        check_finite(logp, self._version)
         return Completion(
             job_id=job.job_id,
             index=index,
@@ -243,7 +251,7 @@ def _token_versions(output: CompletionOutput, count: int) -> NDArray[np.int32]:
     """[T] the version that sampled each token, as vLLM attests it in contiguous spans."""
     version_T = np.full(count, -1, np.int32)
     for span in output.weight_versions or ():
-        version_T[span.start : span.end] = int(span.version)
+        version_T[span.start : span.end] = 0 if span.version == _AS_LOADED else int(span.version)
     if count and version_T.min() < 0:
         raise EngineError("vLLM did not say which weights sampled a token. Install the vLLM that pyproject.toml names.")
     return version_T

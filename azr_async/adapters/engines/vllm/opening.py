@@ -1,6 +1,6 @@
 """Starts vLLM with what asynchronous reinforcement learning needs of it."""
 
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from vllm import AsyncEngineArgs
@@ -8,72 +8,29 @@ from vllm.config import WeightTransferConfig
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from azr_async.adapters.engines.texts import end_ids
-from azr_async.adapters.engines.vllm.engine import CANARY_SLOTS, OnNewWeights, VllmEngine
+from azr_async.adapters.engines.vllm.engine import CANARY_SLOTS, VllmEngine
+from azr_async.config import Config
 from azr_async.errors import EngineError
 
 _CPU_BLOCK_TOKENS: Final = 128
 """vLLM's block of the key-value cache on a CPU; a sequence fills whole ones."""
 
 
-def open_engine(
-    source: str,
-    *,
-    precision: Literal["float32", "bfloat16"],
-    device_type: str,
-    slots: int,
-    context_tokens: int,
-    on_new_weights: OnNewWeights,
-    tensor_parallel: int,
-    memory_share: float,
-    transfer_backend: str,
-    weights_device: Literal["cpu", "cuda"],
-    deadline_seconds: float,
-    seed: int,
-) -> VllmEngine:
+def open_engine(source: str, config: Config, *, transfer_backend: str, seed: int) -> VllmEngine:
     """Start vLLM's processes and load the model; takes the better part of a minute.
 
     The thread that calls this has to outlive the engine: vLLM's processes end with it.
 
     Args:
         source: folder or hub id of the model.
-        precision: of weights and arithmetic.
-        device_type: `cpu` or `cuda`.
-        slots: sequences generated side by side.
-        context_tokens: longest prompt plus completion.
-        on_new_weights: as `VllmEngine` has it.
-        tensor_parallel: GPUs that the engine spans.
-        memory_share: of each GPU's memory; on a CPU the cache is as large as slots and context ask for.
+        config: its sections model, engine, placement and weights.
         transfer_backend: name under which a plugin has registered the receiving end of weights.
-        weights_device: where weights are while they are broadcast.
-        deadline_seconds: as `VllmEngine` has it.
         seed: of all draws; engines with the same one would draw alike.
 
     Raises EngineError when vLLM cannot serve the model.
     """
-    arguments: dict[str, Any] = {
-        "model": source,
-        "dtype": precision,
-        "max_model_len": context_tokens,
-        "max_num_seqs": slots + CANARY_SLOTS,
-        "tensor_parallel_size": tensor_parallel,
-        "seed": seed,
-        "generation_config": "vllm",  # every sampling parameter comes with the job
-        "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
-        "scheduling_policy": "priority",
-        "enable_prefix_caching": True,
-        "weight_transfer_config": WeightTransferConfig(backend=transfer_backend),
-        "disable_log_stats": True,
-    }
-    if device_type == "cpu":
-        # Compiling costs a CPU more than it brings to the models that it can serve.
-        arguments |= {
-            "enforce_eager": True,
-            "kv_cache_memory_bytes": _cache_bytes(source, precision, slots, context_tokens),
-        }
-    else:
-        arguments["gpu_memory_utilization"] = memory_share
     try:
-        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**_arguments(source, config, transfer_backend, seed)))
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (RuntimeError, ValueError, OSError, ImportError) as error:
         raise EngineError(
@@ -84,12 +41,33 @@ def open_engine(
         llm,
         tokenizer,
         end_ids(_end_ids_of_model(source), tokenizer),
-        slots=slots,
-        context_tokens=context_tokens,
-        on_new_weights=on_new_weights,
-        weights_device=weights_device,
-        deadline_seconds=deadline_seconds,
+        slots=config.engine.slots,
+        context_tokens=config.engine.context_tokens,
+        on_new_weights=config.engine.on_new_weights,
+        weights_device=config.weights_device,
+        deadline_seconds=config.weights.deadline_seconds,
     )
+
+
+def _arguments(source: str, config: Config, transfer_backend: str, seed: int) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "model": source,
+        "dtype": config.model.precision,
+        "max_model_len": config.engine.context_tokens,
+        "max_num_seqs": config.engine.slots + CANARY_SLOTS,
+        "tensor_parallel_size": config.placement.tensor_parallel,
+        "seed": seed,
+        "generation_config": "vllm",  # every sampling parameter comes with the job
+        "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
+        "scheduling_policy": "priority",
+        "enable_prefix_caching": True,
+        "weight_transfer_config": WeightTransferConfig(backend=transfer_backend),
+        "disable_log_stats": True,
+    }
+    if config.placement.inference_gpus:
+        return arguments | {"gpu_memory_utilization": config.engine.memory_share}
+    # Compiling costs a CPU more than it brings to the models that it can serve.
+    return arguments | {"enforce_eager": True, "kv_cache_memory_bytes": _cache_bytes(source, config)}
 
 
 def _end_ids_of_model(source: str) -> object:
@@ -100,11 +78,12 @@ def _end_ids_of_model(source: str) -> object:
         return AutoConfig.from_pretrained(source).eos_token_id
 
 
-def _cache_bytes(source: str, precision: str, slots: int, context_tokens: int) -> int:
+def _cache_bytes(source: str, config: Config) -> int:
     """Keys and values of as many full sequences as there are slots, and some blocks for prompts that are shared."""
     shape: Any = AutoConfig.from_pretrained(source).get_text_config()
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    item_bytes = {"float32": 4, "bfloat16": 2}[precision]
-    blocks = (slots + CANARY_SLOTS + 1) * (-(-context_tokens // _CPU_BLOCK_TOKENS) + 1)
-    return int(2 * shape.num_hidden_layers * heads * head_size * item_bytes * _CPU_BLOCK_TOKENS * blocks)
+    item_bytes = {"float32": 4, "bfloat16": 2}[config.model.precision]
+    blocks_of_one = -(-config.engine.context_tokens // _CPU_BLOCK_TOKENS) + 1
+    tokens = (config.engine.slots + CANARY_SLOTS + 1) * blocks_of_one * _CPU_BLOCK_TOKENS
+    return int(2 * shape.num_hidden_layers * heads * head_size * item_bytes * tokens)
