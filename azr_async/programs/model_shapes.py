@@ -101,11 +101,9 @@ PUBLISHED: Final[Mapping[str, Shape]] = {
         is_tied=False,
     ),
 }
-"""From the config.json that each model has on the hub; the Coder and Instruct variants have those of their size.
+"""As in public copies of each model's config.json; the Coder and Instruct variants have those of their size.
 
-Qwen2.5 technical report (arXiv:2412.15115), table 1, and Qwen2.5-Coder (arXiv:2409.12186), table 1, tell layers, heads,
-widths and tying; The Llama 3 Herd of Models (arXiv:2407.21783), table 3, those of Llama. The vocabulary is the padded
-one of the weights, not the tokenizer's.
+They were not compared with the technical reports. The vocabulary is the padded one of the weights, not the tokenizer's.
 """
 
 
