@@ -7,8 +7,12 @@ from importlib import import_module
 from typing import Final
 
 TOOLS: Final[Mapping[str, str]] = {
+    "evaluate": "accuracy of a model on held-out tasks",
     "execute": "run untrusted programs in the sandbox",
+    "faults": "break runs on purpose and check that nothing is lost",
     "judge": "judge answers to tasks",
+    "workers": "add inference workers to a run that is going on, or remove some",
+    "plan": "predict rate and staleness of other GPU splits from a run",
     "starter": "make the starter model again from nothing",
 }
 """Each is a module of `azr_async.programs` with `main(arguments) -> exit status`."""

@@ -209,8 +209,21 @@ class RewardConfig(Section):
 class FlowConfig(Section):
     """How far self-play may run ahead of the learner, and what a step consumes."""
 
-    max_lag: NonNegativeInt = 2
-    """Hard age limit of a trained token, in optimizer steps. 0 is the synchronous algorithm."""
+    max_lag: NonNegativeInt | Literal["auto"] = 2
+    """Hard age limit of a trained token, in optimizer steps. 0 is the synchronous algorithm; `auto` searches the limit
+    with the most useful throughput, trained tokens/s x ess, between lag_floor and lag_ceiling (docs/tuning.md)."""
+
+    lag_floor: NonNegativeInt = 1
+    """Smallest limit that max_lag = auto tries."""
+
+    lag_ceiling: NonNegativeInt = 8
+    """Largest limit that max_lag = auto tries: no token is ever older."""
+
+    lag_decision_steps: Annotated[int, Field(ge=2)] = 10
+    """Steps that max_lag = auto measures before it decides."""
+
+    lag_least_gain: Share = 0.02
+    """Relative gain in useful throughput that max_lag = auto takes more staleness for."""
 
     late: Literal["wait", "drop"] = "wait"
     """A sample about to exceed max_lag while still being generated: `wait` lets the learner wait for it, `drop` trains
@@ -224,6 +237,20 @@ class FlowConfig(Section):
 
     solve_samples: PositiveInt = 96
     """Solver samples per task kind and step; topped up from the library."""
+
+    @property
+    def lag_limit(self) -> int:
+        """No token that is trained is ever older, in optimizer steps."""
+        return self.lag_ceiling if self.max_lag == "auto" else self.max_lag
+
+    @model_validator(mode="after")
+    def _limits_leave_a_choice(self) -> Self:
+        if self.max_lag == "auto" and self.lag_floor >= self.lag_ceiling:
+            raise ValueError(
+                f"max_lag = auto has nothing to choose between lag_floor = {self.lag_floor} and lag_ceiling = "
+                f"{self.lag_ceiling}. Raise lag_ceiling, or set max_lag to {self.lag_ceiling}."
+            )
+        return self
 
     @field_validator("tasks")
     @classmethod
@@ -355,9 +382,9 @@ class LearnerConfig(Section):
     """Logits held at a time, float32; more are computed in blocks, and once more for the gradient. A block takes about
     three times its size."""
 
-    sharding: Literal["auto", "none", "full"] = "auto"
-    """Weights, gradients and optimizer state on several ranks: `full` leaves each its part (FSDP2), `none` copies them.
-    `auto` is full on GPUs."""
+    sharding: Literal["full", "none"] = "full"
+    """Weights, gradients and optimizer state on several ranks: `full` leaves each its part (FSDP2), `none` copies
+    them."""
 
     cpu_offload: bool = False
     """Keep the parts of sharded weights, and the optimizer's state, in the host's memory: slower, for models that do
@@ -404,6 +431,16 @@ class CheckpointConfig(Section):
 
     keep: PositiveInt = 2
     """How many checkpoints stay on disk."""
+
+    write_seconds: PositiveFloat = 600.0
+    """Longest wait for a checkpoint that is written while training goes on: by the next one, or by the run's end."""
+
+
+class JournalConfig(Section):
+    """How much of the ledger stays: what became of every sample."""
+
+    keep_steps: NonNegativeInt = 1000
+    """Steps of which every sample stays, besides those after the oldest checkpoint; older ones are summed up."""
 
 
 class WeightsConfig(Section):
@@ -482,6 +519,7 @@ class Config(Section):
     learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    journal: JournalConfig = JournalConfig()
     weights: WeightsConfig = WeightsConfig()
     wires: WiresConfig = WiresConfig()
     control: ControlConfig = ControlConfig()
@@ -519,9 +557,9 @@ class Config(Section):
         return self.placement.learner_ranks or max(1, self.placement.train_gpus)
 
     def _problems(self) -> Iterator[str]:
-        if self.learner.objective == "none" and self.flow.max_lag > 0 and not self.learner.allow_uncorrected:
+        if self.learner.objective == "none" and self.flow.lag_limit > 0 and not self.learner.allow_uncorrected:
             yield (
-                f"learner.objective = none trains data up to {self.flow.max_lag} steps old without correction. "
+                f"learner.objective = none trains data up to {self.flow.lag_limit} steps old without correction. "
                 "Choose decoupled-ppo, masked-is or cispo, set flow.max_lag to 0, "
                 "or insist with learner.allow_uncorrected."
             )

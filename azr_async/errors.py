@@ -18,6 +18,11 @@ class MessageError(AzrError):
 class PeerVanished(AzrError):
     """The other end of a channel stopped answering within its deadline."""
 
+    def __init__(self, message: str, silent: str = "") -> None:
+        super().__init__(message)
+        self.silent = silent
+        """The program that has not answered for too long; empty when something else has broken its channel."""
+
 
 class ChannelClosed(AzrError):
     """The other end of a channel has closed it; nothing more can be sent."""

@@ -168,6 +168,8 @@ class GenerationResults:
     """Total so far: wall time in which the engine was computing."""
     generated_tokens: int
     """Total so far."""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """Further totals so far, by flat metric names: what `python -m azr_async plan` learns the engine's speed from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -244,6 +246,8 @@ class RolloutBatch:
     """Flat counters since the previous batch, dotted names as in `metrics.jsonl`."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """What is told once, in words, under such names: with the first batch."""
+    incarnation: int = 0
+    """Of the self-play that made it, as `Handover` numbers them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,6 +257,24 @@ class WeightsReady:
     version: int
     workers: Mapping[str, int] = field(default_factory=dict)
     """Name and incarnation of those that do. Others may have older weights: they get no jobs until they are named."""
+    max_lag: int | None = None
+    """Staleness bound of what is admitted from now on; None: as before."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Handover:
+    """learner -> self-play, before anything else to one that was started because another was lost.
+
+    Then it hears what the other one would have to hear again: the state that the run goes on from (if nothing came of
+    the other one), the newest WeightsReady, and the requests that are open.
+    """
+
+    incarnation: int
+    """Counts those that the learner has had: what others have sent does not count any more."""
+    has_begun: bool
+    """False: nothing came of the others; begin as they should have."""
+    held: tuple[int, ...] = ()
+    """Versions of the batches that the learner has and that the weights do not contain yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,6 +282,8 @@ class StateRequest:
     """learner -> self-play. Say how a run can go on with weights of `version`, the newest that are installed."""
 
     version: int
+    kept_step: int = 0
+    """Of the oldest checkpoint: no run goes on from an earlier one. 0 where there is none yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -270,6 +294,8 @@ class SelfPlayState:
     version: int
     state: str
     """JSON (`programs/standing.py`)."""
+    incarnation: int = 0
+    """Of the self-play that says so."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -288,6 +314,8 @@ class EvaluationResult:
     solved: tuple[bool, ...]
     valid: Mapping[str, float] = field(default_factory=dict)
     """Per task kind: share of valid proposals when held-out problems are the references; sampled, not greedy."""
+    incarnation: int = 0
+    """Of the self-play that made it."""
 
 
 # ---------------------------------------------------------------- learner <-> inference workers
@@ -360,6 +388,7 @@ Message = (
     | BatchRequest
     | RolloutBatch
     | WeightsReady
+    | Handover
     | StateRequest
     | SelfPlayState
     | EvaluationRequest

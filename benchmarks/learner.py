@@ -1,127 +1,120 @@
 """How fast and how lean is an optimizer step of the learner, next to a plain transformers step on the same tokens?
 
-speed    `Trainer.train` and a plain loop (the model's own forward, cross-entropy, backward, clipping, AdamW) take turns
-         on the same samples; the plain loop once with the samples one after the other (positions begin anew, so that
-         transformers keeps them apart), once side by side with padding. Trained are the tokens of the completions.
-packing  what padding and waiting for the slowest rank cost, on mixtures of lengths like those of Absolute Zero.
-memory   the peak of a forward and backward pass at a vocabulary of 152 thousand, logits at once and in blocks, each in
-         a process of its own.
+speed     `Trainer.train` and plain training loops (forward, cross-entropy, backward, clipping, AdamW) take turns on the
+          same samples, each with a model of its own of the same weights, threads and precision. Plain ones lay the
+          sequences side by side with padding, or one after the other (positions begin anew, so that transformers keeps
+          them apart); each as the model comes, and lean, with logits of the trained tokens only. Every round gives one
+          ratio of times; the median counts, its extremes tell the spread. Trained tokens are those of completions.
+planning  what decoding, crediting, cutting and laying out a batch takes, which happens between two steps.
+packing   what padding and waiting for the slowest rank cost, on mixtures of lengths like those of Absolute Zero.
+memory    the peak of a forward and backward pass at a vocabulary of 152 thousand, logits at once and in blocks.
 
     python benchmarks/learner.py --output benchmarks/results/learner.json
     python benchmarks/learner.py --parts speed --device cuda --model Qwen/Qwen2.5-3B --profiles paper --peak-tflops 989
+
+With --output, other parts, models and profiles that were measured into the same file before stay in it.
 """
 
 import argparse
-import resource
-import statistics
-import subprocess
-import sys
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from learner_memory import WORDS, memory
+from plain_step import PROFILES, WAYS, Profile, plain_step, random_batch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from whole_runs import write_json
 
+from azr_async.adapters.channels import wire
 from azr_async.adapters.models import load_model
 from azr_async.adapters.trainer import Trainer, connect_ranks
-from azr_async.adapters.trainer.chunks import packed_chunk_of
-from azr_async.adapters.trainer.plan import cost_of
-from azr_async.adapters.trainer.policy import TokenPolicy, can_pack
-from azr_async.adapters.trainer.samples import unrewarded
+from azr_async.adapters.trainer.plan import Planner, cost_of
+from azr_async.adapters.trainer.samples import credited
 from azr_async.algorithm.bins import attention_cost, balanced_bins, waiting_share
 from azr_async.algorithm.packing import pack, waste
 from azr_async.config import Config
-from azr_async.messages import CELLS, Rollout, RolloutBatch
+from azr_async.messages import RolloutBatch
 
-WORDS: Final = 151_936
-"""Vocabulary of Qwen2.5."""
-PROFILES: Final = {"starter": (104, 8, (15, 40), (6, 30)), "medium": (12, 1, (100, 600), (50, 1200)),
-                   "paper": (96, 1, (300, 6144), (200, 8096))}  # fmt: skip
-"""Samples, attempts at each prompt, shortest and longest prompt, and completion."""
-EVERYTHING_MB: Final = 2**30
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One step of one way to take it."""
-
-    wall_seconds: float
-    cpu_seconds: float
+BATCH_MB: Final = 1024
+"""Largest message of the planning part."""
 
 
 def main() -> None:
     """Measure what was asked for, print it and write it down."""
     arguments = _parser().parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.probe is not None:
-        logits, entropy = arguments.probe
-        print(peak_bytes(logits, entropy, arguments.tokens, arguments.vocabulary, arguments.device))
-        return
     results: dict[str, Any] = {}
-    console = Console(width=120)
     if "speed" in arguments.parts:
-        results["speed"] = [row for profile in arguments.profiles for row in speed(profile, arguments)]
-        console.print(_table("speed", results["speed"]))
+        for name in arguments.profiles:
+            results[f"speed: {arguments.model} model, {name} lengths"] = speed(PROFILES[name], arguments)
+    if "planning" in arguments.parts:
+        results["planning"] = planning()
     if "packing" in arguments.parts:
         results["packing"] = packing()
-        console.print(_table("packing", results["packing"]))
     if "memory" in arguments.parts:
-        results["memory"] = memory(arguments)
-        console.print(_table("memory", results["memory"]))
+        results["memory"] = memory(arguments.tokens, arguments.vocabulary, arguments.device)
+    for title, rows in results.items():
+        Console(width=120).print(_table(title, rows))
+    if arguments.output is not None and arguments.output.exists():
+        results = json.loads(arguments.output.read_text(encoding="utf-8"))["results"] | results
     write_json(arguments.output, "learner", results)
 
 
 # ---------------------------------------------------------------- speed
 
 
-def speed(profile: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Medians of the learner's step and of the plain ones, by turns."""
+def speed(profile: Profile, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Trained tokens a second of the learner and of each plain way, and how they compare round by round."""
     is_cuda = arguments.device == "cuda"
-    config = Config.model_validate(
+    config = config_of(arguments, share_prompts=True)
+    accelerator = connect_ranks(config)
+    load = partial(model_of, arguments.model, accelerator.device)
+    model = load()
+    steps: dict[str, Callable[[RolloutBatch], object]] = {"learner": Trainer(model, config, accelerator).train}
+    if profile.attempts > 1:
+        alone = config_of(arguments, share_prompts=False)
+        steps["learner, each prompt computed"] = Trainer(load(), alone, accelerator).train
+    for way in arguments.ways:
+        steps[f"plain, {way}"] = plain_step(load(), config, way, accelerator)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    tokens = []
+    for version in range(1 + arguments.rounds):
+        batch = random_batch(profile, version, model.config.vocab_size)
+        tokens.append(sum(len(rollout.token_ids) - rollout.prompt_length for rollout in batch.rollouts))
+        for name, step in steps.items():
+            seconds[name].append(timed(partial(step, batch), is_cuda))
+    rows: list[dict[str, Any]] = []
+    for name, times in seconds.items():
+        # The first round warms up.
+        rates = [count / time for count, time in zip(tokens[1:], times[1:], strict=True)]
+        ratios = [theirs / ours for theirs, ours in zip(times[1:], seconds["learner"][1:], strict=True)]
+        row: dict[str, Any] = {"step": name, "rounds": len(rates), "trained_tokens_per_second": median(rates)}
+        row |= {"learner_is_faster_by": median(ratios), "least": min(ratios), "most": max(ratios)}
+        if arguments.peak_tflops:
+            row["flops_utilisation"] = operations(batch, model) / times[-1] / arguments.peak_tflops / 1e12
+        rows.append(row)
+    return rows
+
+
+def config_of(arguments: argparse.Namespace, *, share_prompts: bool) -> Config:
+    """One rank, with the defaults of a run but for what was asked for."""
+    is_cuda = arguments.device == "cuda"
+    learner = {"share_prompts": share_prompts, "gradient_checkpointing": arguments.gradient_checkpointing}
+    return Config.model_validate(
         {
             "placement": {"inference_gpus": 1, "train_gpus": 1} if is_cuda else {},
             "model": {"precision": "bfloat16" if is_cuda else "float32"},
-            "learner": {
-                "microbatch_tokens": arguments.microbatch_tokens,
-                "gradient_checkpointing": arguments.gradient_checkpointing,
-            },
+            "learner": {**learner, "microbatch_tokens": arguments.microbatch_tokens},
         }
     )
-    accelerator = connect_ranks(config)
-    model, plain_model = (model_of(arguments.model, accelerator.device) for _ in range(2))
-    trainer = Trainer(model, config, accelerator)
-    batches = [random_batch(profile, version, model.config.vocab_size) for version in range(arguments.steps)]
-    ways: dict[str, Callable[[RolloutBatch], object]] = {"learner": trainer.train}
-    for layout in ("packed", "padded"):
-        ways[f"plain, {layout}"] = plain_step(plain_model, config, layout, accelerator)
-    measured: dict[str, list[Measured]] = {name: [] for name in ways}
-    for batch in batches:
-        for name, step in ways.items():
-            measured[name].append(timed(partial(step, batch), is_cuda))
-    tokens = float(np.mean([sum(len(r.token_ids) - r.prompt_length for r in batch.rollouts) for batch in batches]))
-    rows: list[dict[str, Any]] = []
-    for name, times in measured.items():
-        wall = statistics.median(time.wall_seconds for time in times[1:])
-        cpu = statistics.median(time.cpu_seconds for time in times[1:])
-        row = {"profile": profile, "step": name, "trained_tokens_per_wall_second": tokens / wall}
-        row |= {"trained_tokens_per_cpu_second": tokens / cpu}
-        if arguments.peak_tflops:
-            row["flops_utilisation"] = operations(batches[-1], model) / wall / arguments.peak_tflops / 1e12
-        rows.append(row)
-    unit = "wall" if is_cuda else "cpu"
-    best = max(row[f"trained_tokens_per_{unit}_second"] for row in rows[1:])
-    return [row | {"ratio_to_best_plain": row[f"trained_tokens_per_{unit}_second"] / best} for row in rows]
 
 
 def model_of(path: str, device: torch.device) -> PreTrainedModel:
@@ -142,89 +135,13 @@ def model_of(path: str, device: torch.device) -> PreTrainedModel:
     return Qwen2ForCausalLM(shape).to(device).eval()
 
 
-def random_batch(profile: str, version: int, vocabulary: int) -> RolloutBatch:
-    """Rollouts of random tokens with the lengths of the profile."""
-    count, attempts, prompt_span, completion_span = PROFILES[profile]
-    generator = np.random.default_rng(version)
-    rollouts: list[Rollout] = []
-    for number in range(count):
-        if number % attempts == 0:
-            length = int(generator.integers(*prompt_span, endpoint=True))
-            prompt_ids = generator.integers(0, vocabulary, length, dtype=np.int32)
-        completion = int(generator.integers(*completion_span, endpoint=True))
-        role, task = CELLS[number * len(CELLS) // count]
-        ids = np.concatenate([prompt_ids, generator.integers(0, vocabulary, completion, dtype=np.int32)])
-        rollouts.append(
-            Rollout(
-                rollout_id=number,
-                group_id=number // attempts,
-                role=role,
-                task=task,
-                token_ids=ids,
-                behavior_logp=np.where(np.arange(len(ids)) < length, 0.0, -np.log(vocabulary)).astype(np.float32),
-                token_version=np.where(np.arange(len(ids)) < length, -1, version).astype(np.int32),
-                reward=float(generator.normal()),
-            )
-        )
-    return RolloutBatch(version=version, rollouts=tuple(rollouts))
-
-
-def plain_step(
-    model: PreTrainedModel, config: Config, layout: str, accelerator: Accelerator
-) -> Callable[[RolloutBatch], None]:
-    """A training step as one would write it with transformers and torch alone."""
-    learner, device = config.learner, accelerator.device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learner.learning_rate, betas=learner.betas, fused=True)
-    if learner.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train(learner.gradient_checkpointing)
-    is_bfloat16 = accelerator.mixed_precision == "bf16"
-
-    def step(batch: RolloutBatch) -> None:
-        lengths = [len(rollout.token_ids) for rollout in batch.rollouts]
-        limit = learner.microbatch_tokens
-        if layout == "packed":
-            members = list(balanced_bins(lengths, limit_tokens=limit)[0])
-        else:
-            members = [microbatch.members for microbatch in pack(lengths, limit_tokens=limit)[0]]
-        trained = sum(len(rollout.token_ids) - rollout.prompt_length for rollout in batch.rollouts)
-        for chosen in members:
-            ids, positions, targets = _plain_inputs([batch.rollouts[n] for n in chosen], layout, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16):
-                logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-            loss = functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum") / trained
-            accelerator.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), learner.clip_norm).item()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def _plain_inputs(
-    rollouts: Sequence[Rollout], layout: str, device: torch.device
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Token ids, positions and targets, -100 where nothing is trained."""
-    ids = [torch.from_numpy(rollout.token_ids.astype(np.int64)) for rollout in rollouts]
-    targets = []
-    for rollout, sequence in zip(rollouts, ids, strict=True):
-        target = torch.full_like(sequence, -100)
-        target[rollout.prompt_length - 1 : -1] = sequence[rollout.prompt_length :]
-        targets.append(target)
-    if layout == "padded":
-        pad = nn.utils.rnn.pad_sequence
-        return pad(ids, True).to(device), None, pad(targets, True, -100).to(device)
-    positions = torch.cat([torch.arange(len(sequence)) for sequence in ids])
-    return torch.cat(ids)[None].to(device), positions[None].to(device), torch.cat(targets)[None].to(device)
-
-
-def timed(work: Callable[[], object], is_cuda: bool) -> Measured:
-    """What it costs, until the device has done it."""
-    cpu_seconds, wall_seconds = time.process_time(), time.perf_counter()
+def timed(work: Callable[[], object], is_cuda: bool) -> float:
+    """Wall seconds until the device has done it."""
+    started = time.perf_counter()
     work()
     if is_cuda:
         torch.cuda.synchronize()
-    return Measured(time.perf_counter() - wall_seconds, time.process_time() - cpu_seconds)
+    return time.perf_counter() - started
 
 
 def operations(batch: RolloutBatch, model: PreTrainedModel) -> float:
@@ -239,6 +156,37 @@ def operations(batch: RolloutBatch, model: PreTrainedModel) -> float:
     quadratic = cost_of(model).quadratic * weights * float((lengths.astype(np.float64) ** 2).sum())
     total: float = body * float(lengths.sum()) + quadratic + head * trained
     return 6 * total
+
+
+# ---------------------------------------------------------------- planning
+
+
+def planning() -> list[dict[str, Any]]:
+    """Milliseconds for a batch of the starter, and for one of the paper's lengths on one of four ranks."""
+    rows = []
+    for name, ranks, microbatch_tokens in (("starter", 1, 4096), ("paper", 4, 16_384)):
+        config = Config.model_validate({"learner": {"microbatch_tokens": microbatch_tokens}})
+        batch = random_batch(PROFILES[name], 0, 8192)
+        planner = Planner(
+            learner=config.learner,
+            device=torch.device("cpu"),
+            rank=0,
+            ranks=ranks,
+            cost=attention_cost(layers=28, attention_width=3584, weights=7_070_000_000),
+            can_share=True,
+            can_pack=True,
+        )
+        payload = wire.encode(batch)
+        stages: dict[str, Callable[[], object]] = {
+            "encode_ms": partial(wire.encode, batch),
+            "decode_ms": partial(wire.decode, payload, limit_bytes=BATCH_MB * 2**20),
+            "credit_ms": partial(credited, batch, config),
+            "plan_ms": partial(planner.plan, credited(batch, config)[0][0]),
+        }
+        tokens = sum(len(rollout.token_ids) for rollout in batch.rollouts)
+        took = {stage: 1000 * median([timed(work, False) for _ in range(7)]) for stage, work in stages.items()}
+        rows.append({"lengths": name, "ranks": ranks, "samples": len(batch.rollouts), "tokens": tokens} | took)
+    return rows
 
 
 # ---------------------------------------------------------------- packing
@@ -257,79 +205,17 @@ def packing() -> list[dict[str, Any]]:
     for mixture, lengths in mixtures.items():
         for ranks in (1, 2, 4, 8):
             plan = balanced_bins(lengths, limit_tokens=16_384, ranks=ranks, cost=cost)
-            costs = cost.of(lengths)
             side_by_side = pack(lengths, limit_tokens=16_384, ranks=ranks)
-            loads = [[float(cost.of([batch.width])[0]) * len(batch.members) for batch in part] for part in side_by_side]
-            rows += [
-                {
-                    "lengths": mixture,
-                    "ranks": ranks,
-                    "layout": "packed",
-                    "padding": 0.0,
-                    "waiting": waiting_share([[costs[list(one)].sum() for one in bins] for bins in plan]),
-                },
-                {
-                    "lengths": mixture,
-                    "ranks": ranks,
-                    "layout": "rows",
-                    "padding": waste(side_by_side, lengths),
-                    "waiting": waiting_share(loads),
-                },
-            ]
+            costs = cost.of(lengths)
+            packed_costs = [[float(costs[list(one)].sum()) for one in bins] for bins in plan]
+            rows_costs = [[float(cost.of([one.width])[0]) * len(one.members) for one in part] for part in side_by_side]
+            for layout, padding, loads in (
+                ("packed", 0.0, packed_costs),
+                ("rows", waste(side_by_side, lengths), rows_costs),
+            ):
+                row = {"lengths": mixture, "ranks": ranks, "layout": layout, "padding": padding}
+                rows.append(row | {"waiting": waiting_share(loads)})
     return rows
-
-
-# ---------------------------------------------------------------- memory
-
-
-def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Peaks above what the model itself takes."""
-    rows = []
-    for entropy in ("no", "yes"):
-        peaks = []
-        for logits in ("at once", "in blocks"):
-            command = [sys.executable, __file__, "--probe", logits, entropy, "--tokens", str(arguments.tokens)]
-            command += ["--vocabulary", str(arguments.vocabulary), "--device", arguments.device]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            peaks.append(int(done.stdout))
-            row = {"logits": logits, "entropy": entropy, "tokens": arguments.tokens, "peak_mb": peaks[-1] / 2**20}
-            rows.append(row | {"share": peaks[-1] / peaks[0]})
-    return rows
-
-
-def peak_bytes(logits: str, entropy: str, tokens: int, vocabulary: int, device_name: str) -> int:
-    """Most memory that a pass over one packed sequence took, beyond what was there before it."""
-    device = torch.device(device_name)
-    torch.manual_seed(0)
-    shape = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=tokens,
-        tie_word_embeddings=True,
-    )
-    logits_mb = EVERYTHING_MB if logits == "at once" else Config().learner.logits_mb
-    policy = TokenPolicy(Qwen2ForCausalLM(shape).to(device), logits_mb=logits_mb)
-    assert can_pack(policy, device, same_nats=0.05)
-    chunk = packed_chunk_of([unrewarded(np.arange(tokens, dtype=np.int32) % vocabulary)], device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    before = _resident_bytes(device)
-    logp_N, entropy_N = policy(chunk, with_entropy=entropy == "yes")
-    (logp_N.mean() + entropy_N.mean()).backward()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() - before
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-
-
-def _resident_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated()
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize()
 
 
 # ----------------------------------------------------------------
@@ -344,10 +230,12 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["speed", "packing", "memory"])
+    parts = ["speed", "planning", "packing", "memory"]
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--model", default="small", help="`small`, `starter`, a folder or a hub id")
     parser.add_argument("--profiles", nargs="+", default=["starter", "medium"], choices=list(PROFILES))
-    parser.add_argument("--steps", type=int, default=5, help="the first is not counted")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="plain steps to compare with")
+    parser.add_argument("--rounds", type=int, default=5, help="one more is taken to warm up")
     parser.add_argument("--microbatch-tokens", type=int, default=Config().learner.microbatch_tokens)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -355,7 +243,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="of the device, for the share that is used")
     parser.add_argument("--tokens", type=int, default=2048, help="for the memory")
     parser.add_argument("--vocabulary", type=int, default=WORDS, help="for the memory")
-    parser.add_argument("--probe", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="write the results as JSON, too")
     return parser
 

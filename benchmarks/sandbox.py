@@ -1,10 +1,10 @@
 """How many programs per second does the sandbox run, and what would be the most that processes allow?
 
-Floors, measured in the same run: fork and wait alone (an empty child), a fresh interpreter per program - bare, and one
-that gives its result as JSON, which is the least that a caller can read safely - and a loop that executes the programs
-in one process without any isolation. Then the sandbox at 1 to all cores: trivial programs, ten
-inputs of one program per call, two runs that must agree, programs that compute for 20 ms, and a mix in which every
-fiftieth program never ends. At last a soak: mixed programs by the thousand, and what is left afterwards.
+Floors, measured in the same run: fork and wait alone (an empty child), a fresh interpreter per program - bare, which
+prints what a caller could not read without evaluating it, and one that does the sandbox's job and gives its result as
+JSON - and a loop that executes the programs in one process without any isolation. Then the sandbox at 1 to all cores:
+trivial programs, ten inputs of one program per call, two runs that must agree, programs that compute for 20 ms, and a
+mix in which every fiftieth program never ends. At last a soak: mixed programs by the thousand, and what is left.
 
     python benchmarks/sandbox.py --output benchmarks/results/sandbox.json
 """
@@ -141,7 +141,7 @@ def unisolated(count: int) -> int:
 
 FLOORS: dict[str, Callable[[int], int]] = {
     "fork and wait, empty child": forks,
-    "fresh interpreter": fresh_interpreters,
+    "fresh interpreter, bare": fresh_interpreters,
     "fresh interpreter, JSON": fresh_interpreters_with_json,
     "one process, no isolation": unisolated,
 }
@@ -303,23 +303,27 @@ def _text(path: Path) -> str:
 
 def show(floors: dict[str, dict[str, float]], rows: list[Measured], soak: dict[str, float]) -> None:
     """Medians of the repeats, beside the floor of forking."""
-    fork = floors["fork and wait, empty child"]["executions_per_second"]
-    fresh = floors["fresh interpreter"]["executions_per_second"]
-    columns = ("load", "workers", "runs/s", "of fork", "x fresh", "p50 ms", "p99 ms", "CPU us", "parent us")
-    table = Table(*columns, title="sandbox")
+    beside = [
+        floors[name]["executions_per_second"]
+        for name in ("fork and wait, empty child", "fresh interpreter, bare", "fresh interpreter, JSON")
+    ]
+    columns = ("load", "workers", "runs/s", "x fork", "x bare", "x JSON", "p50 ms", "p99 ms", "CPU us", "parent us")
+    table = Table(*columns, title="sandbox, beside an empty fork and fresh interpreters")
     for name, floor in floors.items():
         rate, cpu = floor["executions_per_second"], floor["cpu_microseconds"]
-        ratios = (f"{rate / fork:.2f}", f"{rate / fresh:.1f}")
-        table.add_row(name, "", f"{rate:,.0f}", *ratios, "", "", f"{cpu:,.0f}", "", style="dim")
+        table.add_row(name, "", f"{rate:,.0f}", *_ratios(rate, beside), "", "", f"{cpu:,.0f}", "", style="dim")
     fields = ("executions_per_second", "p50_ms", "p99_ms", "cpu_microseconds", "parent_microseconds")
     for name, workers in dict.fromkeys((row.load, row.workers) for row in rows):
         same = [row for row in rows if (row.load, row.workers) == (name, workers)]
         rate, p50, p99, cpu, parent = (statistics.median(getattr(row, field) for row in same) for field in fields)
-        ratios = (f"{rate / fork:.2f}", f"{rate / fresh:.1f}")
-        cells = (f"{rate:,.0f}", *ratios, f"{p50:.2f}", f"{p99:.2f}", f"{cpu:,.0f}", f"{parent:,.0f}")
-        table.add_row(name, str(workers), *cells)
+        times = (f"{p50:.2f}", f"{p99:.2f}", f"{cpu:,.0f}", f"{parent:,.0f}")
+        table.add_row(name, str(workers), f"{rate:,.0f}", *_ratios(rate, beside), *times)
     Console(width=120).print(table)
     Console().print(soak)
+
+
+def _ratios(rate: float, beside: Sequence[float]) -> tuple[str, ...]:
+    return tuple(f"{rate / other:.2f}" for other in beside)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,6 +33,8 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _count(self, tensor: torch.Tensor) -> None:
+        if isinstance(tensor, DTensor):
+            return  # it has no bytes but those of this rank's part, a tensor of its own
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._sizes:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from azr_async.errors import AzrError, CheckpointError
+from azr_async.errors import CheckpointError
 
 MANIFEST_FILE: Final = "manifest.json"
 OPTIMIZER_FILE: Final = "optimizer.safetensors"
@@ -36,7 +36,9 @@ RANDOM_STATE: Final = "torch random state"
 FORMAT: Final = 1
 
 _NAME: Final = re.compile(r"step-(\d{6,})")
+_LEFTOVER: Final = re.compile(r"\.step-\d{6,}\.(writing|removed|replaced)")
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL_TEXTS: Final = ("No space left", "Disk quota exceeded", "File too large")
 _MARGIN_BYTES: Final = 2**20
 
 
@@ -54,46 +56,89 @@ class Resume:
     """How self-play goes on; empty where nobody has said it."""
 
 
-def save(
-    root: Path,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Content:
+    """What becomes a checkpoint. Nothing in it changes any more, whatever is trained while it is written."""
+
+    step: int
+    version: int
+    weights: Mapping[str, Tensor]
+    """In the host's memory, by name; tied ones once."""
+    optimizer: Mapping[str, Tensor]
+    """In the host's memory."""
+    random_state: Tensor
+    """torch's, of every rank: none draws from it alone."""
+    extra: Mapping[str, float]
+    self_play: str = ""
+    """What self-play has told of itself for these weights."""
+
+
+def copied(
+    model: PreTrainedModel,
+    optimizer: Mapping[str, Tensor],
     *,
     step: int,
     version: int,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: Mapping[str, Tensor],
-    keep: int,
     extra: Mapping[str, float],
     self_play: str = "",
     weights: Mapping[str, Tensor] | None = None,
+) -> Content:
+    """Copy what is trained into the host's memory: as long as this takes, nothing may be trained.
+
+    Args:
+        model: whose weights are copied, and what it keeps beside them.
+        optimizer: its state by name.
+        weights: those of the model when it holds only a part of them itself. They, and `optimizer`, are then copies
+            that were made for this, and stay what they are.
+    """
+    if weights is None:
+        weights = _on_host(model.state_dict(keep_vars=True))
+        optimizer = _on_host(optimizer)
+    return Content(
+        step=step,
+        version=version,
+        weights=weights,
+        optimizer=optimizer,
+        random_state=torch.get_rng_state(),
+        extra=dict(extra),
+        self_play=self_play,
+    )
+
+
+def save(
+    root: Path, content: Content, *, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keep: int
 ) -> Path:
     """Write `root/step-NNNNNN` whole or not at all, then delete all up to it but the `keep` newest.
 
-    Args:
-        self_play: what self-play has told of itself for these weights.
-        weights: of the model, by name, tied ones once, when it holds only a part of them itself.
+    Nothing is read of the model but its class and configuration, so it may be trained meanwhile.
 
     Returns the folder.
 
     Raises:
-        AzrError: the disk is full; nothing of this checkpoint is left.
+        CheckpointError: the disk is full or does not work; nothing of this checkpoint is left, the others are as
+            they were.
     """
-    state = {**optimizer, RANDOM_STATE: torch.get_rng_state()}
-    tensors = [parameter.detach() for parameter in model.parameters()] if weights is None else list(weights.values())
-    folder = root / f"step-{step:06d}"
-    with _disk_full_explained(folder), _written_whole(folder) as draft:
-        _require_space(root, [*tensors, *state.values()])
-        model.save_pretrained(draft, state_dict=None if weights is None else dict(weights))
+    state = {**content.optimizer, RANDOM_STATE: content.random_state}
+    folder = root / f"step-{content.step:06d}"
+    with _disk_explained(folder), _written_whole(folder) as draft:
+        _require_space(root, [*content.weights.values(), *state.values()])
+        model.save_pretrained(draft, state_dict=dict(content.weights))
         tokenizer.save_pretrained(draft)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, draft / OPTIMIZER_FILE)
-        if self_play:
-            (draft / SELF_PLAY_FILE).write_text(self_play, encoding="utf-8")
-        _write_json(draft / RESUME_FILE, {"format": FORMAT, "step": step, "version": version, "extra": dict(extra)})
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, draft / OPTIMIZER_FILE)
+        if content.self_play:
+            (draft / SELF_PLAY_FILE).write_text(content.self_play, encoding="utf-8")
+        resume = {"format": FORMAT, "step": content.step, "version": content.version, "extra": dict(content.extra)}
+        _write_json(draft / RESUME_FILE, resume)
         files = {path.name: _fingerprint(path) for path in sorted(draft.iterdir())}
         _write_json(draft / MANIFEST_FILE, {"format": FORMAT, "files": files})
-    for old in [path for path in _complete(root) if _step(path) <= step][:-keep]:
+    for old in [path for path in _complete(root) if _step(path) <= content.step][:-keep]:
         _remove(old)
     return folder
+
+
+def oldest_step(root: Path) -> int:
+    """Of the oldest checkpoint there is; 0 when there is none. No run goes on from an earlier step."""
+    return min(map(_step, _complete(root)), default=0)
 
 
 def remove_after(root: Path, step: int) -> None:
@@ -164,9 +209,10 @@ def _step(folder: Path) -> int:
 
 
 def _remove(folder: Path) -> None:
-    # The manifest first: whatever happens in between, half a checkpoint does not count as one.
-    (folder / MANIFEST_FILE).unlink()
-    shutil.rmtree(folder)
+    # Its name first: whatever happens in between, half a checkpoint does not count as one.
+    removed = folder.with_name(f".{folder.name}.removed")
+    folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)  # what is left goes with the next checkpoint
 
 
 def _way_out(folder: Path) -> str:
@@ -177,37 +223,48 @@ def _way_out(folder: Path) -> str:
 
 @contextmanager
 def _written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into; it gets its name when all of it is on the disk, and vanishes on any failure."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft, replaced = (folder.with_name(f".{folder.name}.{word}") for word in ("writing", "replaced"))
-    for leftover in (draft, replaced):
+    """A folder to write into; it gets its name when all of it is on the disk, and vanishes on any failure.
+
+    What a killed process has left of others beside it goes as well.
+    """
+    root = folder.parent
+    root.mkdir(parents=True, exist_ok=True)
+    _flush(root.parent)
+    for leftover in (path for path in root.iterdir() if _LEFTOVER.fullmatch(path.name)):
         shutil.rmtree(leftover, ignore_errors=True)
+    draft = folder.with_name(f".{folder.name}.writing")
     draft.mkdir()
     try:
         yield draft
         for path in [*draft.iterdir(), draft]:
             _flush(path)
         if folder.exists():
-            folder.rename(replaced)
+            _remove(folder)
         draft.rename(folder)
-        _flush(folder.parent)
+        _flush(root)
     finally:
-        for leftover in (draft, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextmanager
-def _disk_full_explained(folder: Path) -> Iterator[None]:
+def _disk_explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
         # safetensors wraps the system's error into a text.
-        if getattr(error, "errno", None) not in _DISK_FULL and "No space left" not in str(error):
-            raise
-        raise AzrError(
-            f"the disk is full: checkpoint {folder} could not be written, and nothing of it is left. Free some space "
-            "or lower checkpoint.keep, then resume from the last checkpoint."
+        is_full = getattr(error, "errno", None) in _DISK_FULL or any(text in str(error) for text in _DISK_FULL_TEXTS)
+        why = "the disk is full" if is_full else f"the disk does not take it: {error}"
+        remedy = "Free some space or lower checkpoint.keep" if is_full else f"Look whether {folder.parent} is writable"
+        raise CheckpointError(
+            f"checkpoint {folder} could not be written, and nothing of it is left: {why}. {remedy}, then resume from "
+            "the last checkpoint."
         ) from error
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies; of one that has several names, under the first."""
+    names = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items() if names[id(tensor)] == name}
 
 
 def _require_space(root: Path, tensors: list[Tensor]) -> None:

@@ -85,12 +85,15 @@ class Leases:
 
     def next(self, takes_jobs: Callable[[str], bool]) -> Lease | None:
         """Give the most urgent job that waits to the worker with the most room; None: no job or no room."""
-        able = [name for name, room in self.room.items() if room > 0 and takes_jobs(name)]
-        while able and self._waiting:
-            _, job_id = heapq.heappop(self._waiting)
-            lease = self._open.get(job_id)
+        while self._waiting:
+            lease = self._open.get(self._waiting[0][1])
             if lease is None or lease.worker:  # cancelled while it waited, or noted down twice
+                heapq.heappop(self._waiting)
                 continue
+            able = [name for name, room in self.room.items() if room > 0 and takes_jobs(name)]
+            if not able:
+                return None
+            heapq.heappop(self._waiting)
             lease.worker = max(able, key=self.room.__getitem__)
             self.room[lease.worker] -= len(lease.missing)
             return lease

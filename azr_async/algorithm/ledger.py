@@ -5,14 +5,16 @@
 
 A group leases all of its samples at once. A batch admits a sample; when weights that contain the batch are installed,
 it is trained. Trained and dropped are final. An event that does not fit (late, repeated, out of order) changes nothing
-and is counted. Only `rolled_back` ever opens a closed sample again: for weights that do not contain it.
+and is counted. Only `rolled_back` ever opens a closed sample again: for weights that do not contain it. What was closed
+before the oldest weights that a run can go back to is closed for ever: the journal keeps the sums of it only.
 
 Steps count from 1: the batch of version v is trained in step v + 1, and weights of version s contain steps 1 to s.
 """
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeVar
 
 from azr_async.errors import TrainingError
 from azr_async.messages import Admission, Role, Task
@@ -44,6 +46,7 @@ class Entry:
 
 
 Entries = Mapping[SampleId, Entry]
+Kind = TypeVar("Kind")
 
 
 @dataclass(slots=True)
@@ -93,6 +96,12 @@ class Ledger:
         for sample in samples:
             self._put(sample, Entry(version=group.version))
         return True
+
+    def hold(self, admitted: Entries) -> None:
+        """Samples that an earlier process has admitted to batches which the learner has: they are in the journal."""
+        for sample, entry in admitted.items():
+            self._open[sample] = entry
+            self._groups.setdefault(sample.group_id, set()).add(sample)
 
     def returned(self, sample: SampleId) -> bool:
         """Its completion has come."""
@@ -191,10 +200,51 @@ def rolled_back(entries: Entries, version: int) -> dict[SampleId, Entry]:
     return {sample: _rolled_back(entry, version) for sample, entry in kept.items()}
 
 
+def taken_over(entries: Entries, version: int, held: Collection[int]) -> dict[SampleId, Entry]:
+    """The ledger when self-play is started again under a learner that goes on.
+
+    It is at `version` and has the batches of the versions `held`: those are not composed again. A batch that it does
+    not have never reached it: its samples are open anew, as are all whose completions are gone.
+    """
+    return {sample: _taken_over(entry, version, held) for sample, entry in entries.items()}
+
+
+def _taken_over(entry: Entry, version: int, held: Collection[int]) -> Entry:
+    if entry.stage in FINAL:
+        return entry
+    if entry.step is not None and entry.step <= version:
+        return replace(entry, stage="trained")
+    is_held = entry.step is not None and entry.step - 1 in held
+    return entry if is_held else Entry(version=entry.version)
+
+
 def _rolled_back(entry: Entry, version: int) -> Entry:
     if entry.step is None or entry.step > version:
         return Entry(version=entry.version)
     return replace(entry, stage="trained") if entry.stage == "admitted" else entry
+
+
+def before_first_open(groups: Iterable[tuple[int, Kind, bool]], stuck: set[Kind]) -> list[int]:
+    """The groups that can be summed up: of each kind, those before the first that cannot be.
+
+    So everything of a kind up to one number is closed for ever, and a number suffices to know it.
+
+    Args:
+        groups: in their order: number, kind, and whether all of its samples are closed for ever.
+        stuck: kinds of which one was met that cannot be summed up; those that are met now are added.
+    """
+    chosen = []
+    for number, kind, is_closed in groups:
+        if not is_closed:
+            stuck.add(kind)
+        elif kind not in stuck:
+            chosen.append(number)
+    return chosen
+
+
+def summed(entries: Entries) -> Counter[tuple[int | None, Stage, str]]:
+    """How many samples ended in which step, how, and why."""
+    return Counter((entry.step, entry.stage, entry.reason) for entry in entries.values())
 
 
 def closed_twice(what: str) -> TrainingError:

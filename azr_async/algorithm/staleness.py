@@ -5,22 +5,25 @@ A sample of the batch that turns version v into v + 1 has `lag = v - (version of
 
 Why the bound holds without waste. Each (role, task) cell of batch size b owns (max_lag + 1) b slots.
 A slot is charged when a sample is admitted and comes back when weights that contain the sample have
-reached every engine (or at once, when the sample turns out not to exist). Call a sample due at w when it
-was admitted under version w - max_lag or older: it must be in batch w at the latest. The slots keep
+reached every engine (or at once, when the sample turns out not to exist). A sample that is admitted under
+version u is due at u + max_lag: it must be in that batch at the latest. Let due(w) count those that are due
+at w or before and in no batch yet. The slots keep
 
-    due(w) <= (w - v + 1) b    for every w >= v, whenever batch v is composed,
+    due(w) <= (w - v + 1) b    for every w >= v, whenever batch v is composed;
 
-for those not yet in a batch; and batch v may go only if it leaves at most (w - v) b of them for each w,
-which keeps the inequality for v + 1. Where it would leave more, because too many of the due are still
-being generated, it waits for them. So every sample is trained within its bound and none is dropped.
-`late = "drop"` does not wait, and sweeps what has become too old. (A solver cell that was excused
-from a batch has consumed nothing, so the inequality is not kept there: it may drop.)
+and batch v may go only if it leaves at most (w - v) b of them for each w, which keeps the inequality for
+v + 1. Where it would leave more, because too many of the due are still being generated, it waits for them.
+So every sample is trained within its bound and none is dropped. `late = "drop"` does not wait, and sweeps
+what has become too old. (A solver cell that was excused from a batch has consumed nothing, so the inequality
+is not kept there: it may drop.)
+
+The bound may change at any moment, because a sample keeps the one that it was admitted under: docs/staleness.md.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from azr_async.errors import TrainingError
 from azr_async.messages import CELLS, TASKS, Admission, Cell, Role, Rollout, Task
@@ -48,27 +51,59 @@ def check_lag(rollouts: Iterable[Rollout], *, version: int, max_lag: int) -> Non
             )
 
 
+class _Flying(NamedTuple):
+    """Samples of a group that are being generated."""
+
+    samples: int
+    version: int
+    """At admission."""
+    max_lag: int
+    """At admission."""
+
+    @property
+    def due(self) -> int:
+        """Last batch that may contain them. Their tokens may turn out younger, and they due later."""
+        return self.version + self.max_lag
+
+
+class _Ready(NamedTuple):
+    """A sample that waits for a batch; those that are due first come first."""
+
+    due: int
+    group_id: int
+    max_lag: int
+    """At admission."""
+    rollout: Rollout
+
+
 @dataclass(slots=True)
 class _CellState:
     """One (role, task) cell: where each of its slots is."""
 
     batch: int
-    flying: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """group -> (samples being generated, version at admission)."""
-    ready: list[tuple[int, int, Rollout]] = field(default_factory=list)
-    """(oldest version, group, rollout): judged, waiting for a batch."""
+    flying: dict[int, _Flying] = field(default_factory=dict)
+    """By group."""
+    ready: list[_Ready] = field(default_factory=list)
+    """Judged, waiting for a batch."""
     training: dict[int, int] = field(default_factory=dict)
     """version of the batch -> samples in it, until version + 1 is installed everywhere."""
 
     def charged(self) -> int:
-        return sum(count for count, _ in self.flying.values()) + len(self.ready) + sum(self.training.values())
+        return self.in_flight() + len(self.ready) + sum(self.training.values())
 
-    def must_wait(self, version: int, max_lag: int) -> bool:
+    def in_flight(self) -> int:
+        return sum(group.samples for group in self.flying.values())
+
+    def must_wait(self, version: int) -> bool:
         """Would the batch of `version`, taken now, leave more due samples than later batches can hold?"""
-        for due_at in range(version, version + max_lag + 1):
-            ready = sum(oldest <= due_at - max_lag for oldest, _, _ in self.ready)
-            flying = sum(count for count, admitted in self.flying.values() if admitted <= due_at - max_lag)
-            if min(self.batch, ready + flying - (due_at - version) * self.batch) > ready:
+        ready_at = Counter(max(version, entry.due) for entry in self.ready)
+        flying_at = Counter[int]()
+        for group in self.flying.values():
+            flying_at[max(version, group.due)] += group.samples
+        ready = flying = 0
+        for due in sorted(ready_at.keys() | flying_at.keys()):
+            ready, flying = ready + ready_at[due], flying + flying_at[due]
+            if min(self.batch, ready + flying - (due - version) * self.batch) > ready:
                 return True
         return False
 
@@ -78,6 +113,7 @@ class Flow:
     """Slots of all cells: what may be admitted now, and which samples make the next batch."""
 
     max_lag: int
+    """For what is admitted from now on; may change at any moment. What was admitted before keeps its bound."""
     propose_samples: int
     solve_samples: int
     trained_attempts: int
@@ -108,7 +144,8 @@ class Flow:
         proposable = [
             task
             for task in self.tasks
-            if self._free(("propose", task)) >= 1 and self._free(("solve", task)) >= self.trained_attempts
+            if self._free(("propose", task)) >= 1
+            and (self._free(("solve", task)) >= self.trained_attempts or self._lacks_proposals(task))
         ]
         refillable = [
             task
@@ -140,28 +177,29 @@ class Flow:
     def release(self, group_id: int, cell: Cell, count: int | None = None) -> None:
         """Give back `count` (default: all) slots of a group whose samples will never exist."""
         flying = self._cells[cell].flying
-        charged, version = flying.pop(group_id, (0, 0))
-        left = charged - (charged if count is None else count)
-        if left > 0:
-            flying[group_id] = (left, version)
+        group = flying.pop(group_id, None)
+        if group is not None and count is not None and group.samples > count:
+            flying[group_id] = group._replace(samples=group.samples - count)
 
     def complete(self, rollout: Rollout) -> None:
         """A charged sample has been generated and judged."""
         cell = (rollout.role, rollout.task)
-        if rollout.group_id not in self._cells[cell].flying:
+        group = self._cells[cell].flying.get(rollout.group_id)
+        if group is None:
             raise TrainingError(
                 f"rollout {rollout.rollout_id} of group {rollout.group_id} arrived without an admitted slot. "
                 "This is a bug in the bookkeeping: keep the run directory and report it."
             )
         self.release(rollout.group_id, cell, 1)
-        self._cells[cell].ready.append((rollout.oldest_version, rollout.group_id, rollout))
+        due = rollout.oldest_version + group.max_lag
+        self._cells[cell].ready.append(_Ready(due, rollout.group_id, group.max_lag, rollout))
 
     def sweep(self, version: int) -> list[Rollout]:
         """Take out, and return, the samples that a batch of `version` may no longer contain."""
         dropped: list[Rollout] = []
         for cell in self._cells.values():
-            dropped += [rollout for oldest, _, rollout in cell.ready if version - oldest > self.max_lag]
-            cell.ready = [entry for entry in cell.ready if version - entry[0] <= self.max_lag]
+            dropped += [entry.rollout for entry in cell.ready if entry.due < version]
+            cell.ready = [entry for entry in cell.ready if entry.due >= version]
         return dropped
 
     def compose(self, version: int, solvable: Collection[Task]) -> list[Rollout] | None:
@@ -169,20 +207,21 @@ class Flow:
 
         A solver cell is excused when its kind has nothing to solve: no task in the library, none on the way.
         """
-        chosen: list[tuple[_CellState, list[tuple[int, int, Rollout]]]] = []
+        chosen: list[tuple[_CellState, list[_Ready]]] = []
         for (role, task), cell in self._cells.items():
             excused = role == "solve" and task not in solvable and cell.charged() == 0
-            must_wait = self.late == "wait" and cell.must_wait(version, self.max_lag)
-            if not excused and (len(cell.ready) < cell.batch or must_wait):
+            if not excused and (len(cell.ready) < cell.batch or (self.late == "wait" and cell.must_wait(version))):
                 return None
             chosen.append((cell, sorted(cell.ready, key=lambda entry: entry[:2])[: cell.batch]))
         batch: list[Rollout] = []
         for cell, entries in chosen:
-            taken = {id(entry[2]) for entry in entries}
-            cell.ready = [entry for entry in cell.ready if id(entry[2]) not in taken]
+            taken = {id(entry.rollout) for entry in entries}
+            cell.ready = [entry for entry in cell.ready if id(entry.rollout) not in taken]
             cell.training[version] = len(entries)
-            batch += [rollout for _, _, rollout in entries]
-        check_lag(batch, version=version, max_lag=self.max_lag)
+            batch += [entry.rollout for entry in entries]
+            for max_lag in {entry.max_lag for entry in entries}:
+                same = (entry.rollout for entry in entries if entry.max_lag == max_lag)
+                check_lag(same, version=version, max_lag=max_lag)
         return batch
 
     def installed(self, version: int) -> None:
@@ -199,35 +238,47 @@ class Flow:
         for cell in self._cells.values():
             cell.training = {trained: count for trained, count in cell.training.items() if trained >= version}
 
+    def took(self, version: int, cells: Mapping[Cell, int]) -> None:
+        """The learner has the batch of `version` from an earlier process: so many samples of each cell."""
+        for cell, count in cells.items():
+            self._cells[cell].training[version] = count
+
     def groups(self) -> set[int]:
         """Groups of which samples are being generated or wait for a batch."""
         return {
             group
             for cell in self._cells.values()
-            for groups in (cell.flying, (entry[1] for entry in cell.ready))
+            for groups in (cell.flying, (entry.group_id for entry in cell.ready))
             for group in groups
         }
 
     def alive(self) -> dict[Cell, tuple[int, int]]:
         """Per cell: samples being generated, samples waiting for a batch."""
-        return {
-            key: (sum(count for count, _ in cell.flying.values()), len(cell.ready)) for key, cell in self._cells.items()
-        }
+        return {key: (cell.in_flight(), len(cell.ready)) for key, cell in self._cells.items()}
 
     def _free(self, cell: Cell) -> int:
         return (self.max_lag + 1) * self._cells[cell].batch - self._cells[cell].charged()
+
+    def _lacks_proposals(self, task: Task) -> bool:
+        """Too few for a batch? Then one may start although its attempts find no room, and are judged but not trained.
+
+        Where the bound never changes this does not occur: the solver's window has room for all that the proposer's has.
+        """
+        cell = self._cells["propose", task]
+        return cell.charged() < cell.batch
 
     def _next(self, task: Task, *, is_proposal: bool) -> Admission:
         kind = (task, is_proposal)
         number = self.first_group + len(_GROUP_KINDS) * self._started[kind] + _GROUP_KINDS.index(kind)
         self._started[kind] += 1
-        attempts = min(self.trained_attempts, self._free(("solve", task)))
+        attempts = max(0, min(self.trained_attempts, self._free(("solve", task))))
         return Admission(
             group_id=number, task=task, is_proposal=is_proposal, trained_attempts=attempts, version=self.version
         )
 
     def _charge(self, group: Admission) -> Admission:
-        self._cells["solve", group.task].flying[group.group_id] = (group.trained_attempts, self.version)
-        if group.is_proposal:
-            self._cells["propose", group.task].flying[group.group_id] = (1, self.version)
+        roles: tuple[Role, ...] = ("solve", "propose") if group.is_proposal else ("solve",)
+        for role in roles:
+            count = 1 if role == "propose" else group.trained_attempts
+            self._cells[role, group.task].flying[group.group_id] = _Flying(count, self.version, self.max_lag)
         return group

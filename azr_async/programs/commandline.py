@@ -35,6 +35,7 @@ SHORT_NAMES: Final[Mapping[str, str]] = {
     "--steps": "run.steps",
     "--seed": "run.seed",
     "--max-restarts": "run.max_restarts",
+    "--keep-checkpoints": "checkpoint.keep",
 }
 """Settings that people type often; each is the same as `--section.field`."""
 
@@ -157,6 +158,8 @@ def explain(problems: Sequence[ErrorDetails], overrides: Tree, path: Path | None
 
 def _explain_one(problem: ErrorDetails, *, is_typed: bool) -> list[str]:
     *_, last = location = [part for part in problem["loc"] if isinstance(part, str)] or [""]
+    if ".".join(location[:2]) in setting_names():  # what follows names one of several kinds of value
+        *_, last = location = location[:2]
     name = ".".join(location)
     shown = _as_option(name) if is_typed and "." in name else name
     if problem["type"] == "extra_forbidden":

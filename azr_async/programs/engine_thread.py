@@ -99,6 +99,7 @@ class EngineThread:
                             completions=tuple(completions),
                             busy_seconds=self._engine.busy_seconds,
                             generated_tokens=self._engine.generated_tokens,
+                            numbers=self._engine.pace.numbers() | {"cpu_seconds": time.process_time()},
                         )
                     )
         finally:

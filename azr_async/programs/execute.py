@@ -36,17 +36,23 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def sandbox_options(parser: argparse.ArgumentParser, defaults: SandboxConfig) -> None:
+    """The options of a tool that answers lines with a sandbox."""
+    option = parser.add_argument
+    option("file", nargs="?", default="-", metavar="FILE.jsonl", help="lines to answer; - streams [-]")
+    option("--output", type=Path, help="file for the answers, written when all are there [standard output]")
+    limit_options(parser, defaults)
+
+
+def limit_options(parser: argparse.ArgumentParser, defaults: SandboxConfig) -> None:
     """The options that every tool with a sandbox has; of `defaults` it takes the limits and the allowed imports."""
     wall, cpu, memory = f"{defaults.wall_seconds:g}", defaults.cpu_seconds, defaults.memory_mb
     modules = ",".join(defaults.allowed_imports)
     option = parser.add_argument
-    option("file", nargs="?", default="-", metavar="FILE.jsonl", help="lines to answer; - streams [-]")
-    option("--output", type=Path, help="file for the answers, written when all are there [standard output]")
     option("--wall-seconds", type=_seconds, default=defaults.wall_seconds, help=f"of one program on one input [{wall}]")
     option("--cpu-seconds", type=_seconds, default=float(cpu), help=f"the same in CPU time, rounded up [{cpu}]")
-    option("--memory-mb", type=_number(1, 1 << 20), default=memory, help=f"of one program [{memory}]")
+    option("--memory-mb", type=whole_number(1, 1 << 20), default=memory, help=f"of one program [{memory}]")
     cores = os.cpu_count() or 1
-    option("--workers", type=_number(1, 1024), default=cores, help=f"programs side by side [cores: {cores}]")
+    option("--workers", type=whole_number(1, 1024), default=cores, help=f"programs side by side [cores: {cores}]")
     option("--allowed-imports", default=modules, metavar="A,B", help=f"modules for programs [{modules}]")
     option(
         "--require",
@@ -84,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     runs = (
         "runs that must agree, in differently seeded processes; more than one are five for programs that use sets [2]"
     )
-    parser.add_argument("--runs", type=_number(1, 100), default=2, help=runs)
+    parser.add_argument("--runs", type=whole_number(1, 100), default=2, help=runs)
     parser.add_argument(
         "--input-mode",
         choices=("literal", "expression"),
@@ -135,7 +141,7 @@ async def _explain(options: argparse.Namespace) -> int:
     return 0
 
 
-def _number(least: int, most: int) -> Callable[[str], int]:
+def whole_number(least: int, most: int) -> Callable[[str], int]:
     """The type of an option that is a whole number."""
 
     def parse(text: str) -> int:

@@ -26,10 +26,10 @@ class Filing:
         tasks: Collection[Task],
         usage: Callable[[], Mapping[str, float]],
         gauges: Callable[[], Mapping[str, float]],
-        widths: Mapping[str, int],
+        widths: Callable[[], Mapping[str, float]],
         on_change: Callable[[], None],
     ) -> None:
-        """`usage` gives running totals; those named in `widths` are seconds of so many workers and become shares."""
+        """`usage` gives running totals; those named in `widths` are seconds of so many workers, and become shares."""
         self._flow = flow
         self._library = library
         self._ledger = ledger
@@ -127,8 +127,8 @@ class Filing:
         now, totals = time.monotonic(), dict(self._usage())
         seconds, before = max(now - self._last[0], 1e-9), self._last[1]
         self._last = (now, totals)
-        rates = {}
+        rates, widths = {}, self._widths()
         for name, total in totals.items():
             change = total - before[name]
-            rates[name] = min(1.0, change / (seconds * self._widths[name])) if name in self._widths else change
+            rates[name] = min(1.0, change / (seconds * widths[name])) if name in widths else change
         return rates

@@ -117,11 +117,9 @@ def engine_ways(config: Config, shape: Shape, gpu_bytes: int) -> list[Changes]:
 
 def learning_of(config: Config) -> memory.Learning:
     """What the learner's settings mean for its memory."""
-    learner, placement = config.learner, config.placement
+    learner = config.learner
     # The same rule as the trainer's.
-    is_sharded = config.learner_ranks > 1 and (
-        learner.sharding == "full" or (learner.sharding == "auto" and placement.train_gpus > 0)
-    )
+    is_sharded = config.learner_ranks > 1 and learner.sharding == "full"
     return memory.Learning(
         precision=config.model.precision,
         ranks=config.learner_ranks,

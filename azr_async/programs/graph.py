@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
+from azr_async.errors import PeerVanished
 from azr_async.messages import (
     Admission,
     Attempt,
@@ -16,28 +17,28 @@ from azr_async.messages import (
     Challenge,
     EvaluationRequest,
     EvaluationResult,
+    Handover,
     Judged,
     Proposal,
     Rejected,
-    RolloutBatch,
     SelfPlayState,
     StateRequest,
     WeightsReady,
 )
 from azr_async.ports import Receiver, Sender
-from azr_async.programs.course import Course, NotingEngine
+from azr_async.programs.course import Course, FiledReplies, NotingEngine, Reply
 from azr_async.programs.filing import Filing
 from azr_async.programs.parts import Parts, channel, run_propose, run_solve, run_validate, run_verify
 from azr_async.programs.rounds import evaluate, evaluate_proposer, seed
 from azr_async.stages.advantage import advantage
 from azr_async.stages.flow import Changed, admit, supply
 
-Request = BatchRequest | EvaluationRequest | StateRequest | SelfPlayState | WeightsReady
-Reply = RolloutBatch | EvaluationResult | SelfPlayState
+Request = Handover | BatchRequest | EvaluationRequest | StateRequest | SelfPlayState | WeightsReady
+Begin = Callable[[int, str, Handover | None], Awaitable[Parts]]
 
 
 async def self_play(
-    begin: Callable[[int, str], Awaitable[Parts]],
+    begin: Begin,
     requests: Receiver[Request],
     replies: Sender[Reply],
     *,
@@ -46,19 +47,23 @@ async def self_play(
 ) -> None:
     """Serve the learner until it closes `requests`; then everything else is cancelled and leaves nothing behind.
 
-    The learner's first message is WeightsReady: from then on the engines hold the weights it trains. Only the state of
-    self-play comes before it, when a run goes on from a checkpoint that has it. `begin` gives the parts of a loop that
-    starts with weights of that version and in this state; the text is empty where there is none. `stop` ends admission;
-    what is on its way is still delivered. `on_weights` hears of new weights before anything is admitted under them.
+    The learner's first message is WeightsReady: from then on the engines hold the weights it trains. Before it come
+    only a Handover, when another self-play was lost, and the state of self-play, when a run goes on from a checkpoint
+    that has it. `begin` gives the parts of a loop that starts with weights of that version, in this state (the text is
+    empty where there is none) and after this handover. `stop` ends admission; what is on its way is still delivered.
+    `on_weights` hears of new weights before anything is admitted under them.
     """
     async with replies:
-        first, state = await anext(requests, None), ""
+        first, state, handover = await anext(requests, None), "", None
+        if isinstance(first, Handover):
+            handover, first = first, await anext(requests, None)
         if isinstance(first, SelfPlayState):
             state, first = first.state, await anext(requests, None)
         if first is not None:  # else the learner ended before it began
             assert isinstance(first, WeightsReady)
             on_weights(first)
-            await _serve(await begin(first.version, state), requests, replies, stop, on_weights)
+            parts = replace(await begin(first.version, state, handover), max_lag=first.max_lag)
+            await _serve(parts, requests, replies, stop, on_weights)
 
 
 async def _serve(
@@ -69,6 +74,7 @@ async def _serve(
     on_weights: Callable[[WeightsReady], None],
 ) -> None:
     course, changed = Course(parts), Changed()
+    replies = FiledReplies(replies, course, incarnation=parts.handover.incarnation if parts.handover else 0)
     batch_requests, wanted = channel(BatchRequest)
 
     async def work() -> None:
@@ -83,21 +89,34 @@ async def _serve(
         changed.notify()
 
     async with batch_requests, asyncio.TaskGroup() as group:
-        tasks = [group.create_task(work(), name="work"), group.create_task(wake_admission_to_stop(), name="stop")]
+        tasks = [
+            group.create_task(work(), name="work"),
+            group.create_task(wake_admission_to_stop(), name="stop"),
+            group.create_task(_watch(replies), name="replies"),
+        ]
         async for request in requests:
             match request:
                 case BatchRequest():
                     await batch_requests.send(request)
                 case WeightsReady():
                     on_weights(request)
-                    course.installed(request.version)
+                    course.installed(request.version, max_lag=request.max_lag)
                     changed.notify()
                 case StateRequest():
-                    await replies.send(await course.state())
+                    await replies.send(await course.state(request.kept_step))
+                case Handover():
+                    raise PeerVanished("the learner has counted this process as lost. Look at logs/learner-0.log.")
                 case EvaluationRequest():
                     tasks.append(group.create_task(_answer(parts, request, replies), name="evaluate"))
         for task in tasks:
             task.cancel()
+
+
+async def _watch(replies: Sender[Reply]) -> None:
+    """The learner waits for what is lost with the channel: this ends self-play, and the next one sends it again."""
+    end = await replies.ended()
+    if isinstance(end, PeerVanished):
+        raise end
 
 
 async def _answer(parts: Parts, request: EvaluationRequest, replies: Sender[Reply]) -> None:
@@ -125,7 +144,10 @@ async def _stages(
         tasks=parts.config.flow.tasks,
         usage=parts.usage,
         gauges=parts.gauges,
-        widths={"busy.inference": parts.config.inference_workers, "busy.sandbox": parts.config.sandbox.workers},
+        widths=lambda: {
+            "busy.inference": max(1.0, parts.gauges().get("engines.workers", 1.0)),
+            "busy.sandbox": parts.config.sandbox.workers,
+        },
         on_change=changed.notify,
     )
     admissions, admitted = channel(Admission)

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Protocol
 
 from azr_async.adapters.channels import ZmqReceiver, ZmqSender, zmq_receiver, zmq_sender
 from azr_async.config import Config
-from azr_async.errors import ChannelClosed, WeightsError
+from azr_async.errors import ChannelClosed, PeerVanished, WeightsError
 from azr_async.messages import (
     CancelJob,
     GenerateJob,
@@ -30,6 +30,7 @@ from azr_async.messages import (
 )
 from azr_async.programs.engine_thread import Answer, Order, embedded_server
 from azr_async.programs.engine_vllm import vllm_server
+from azr_async.programs.inference_jobs import Jobs
 from azr_async.programs.wiring import Reporter, endpoint, load_run_config, program_main, program_parser
 
 CAPACITY = 256
@@ -63,7 +64,6 @@ async def serve(reporter: Reporter, *, name: str, config: Config, wires_dir: Pat
         _engine_server(config, name) as server,
         _jobs(config, wires_dir, name) as jobs,
         _pushes(config, wires_dir, name) as pushes,
-        _to_selfplay(config, wires_dir, name) as selfplay,
         _to_learner(config, wires_dir, name) as learner,
     ):
         ready = WorkerReady(
@@ -73,18 +73,20 @@ async def serve(reporter: Reporter, *, name: str, config: Config, wires_dir: Pat
             ranks=server.ranks,
             incarnation=os.getpid(),
         )
-        await selfplay.send(ready)
-        await learner.send(replace(ready, endpoint=pushes.endpoint))
-        reporter.report("waiting for weights")
+        client = Client(ready, server, partial(_to_selfplay, config, wires_dir, name))
         answers: asyncio.Queue[Answer | None] = asyncio.Queue()
         # Self-play closes after the learner: it may take what it has to end, or the learner what it has to give up.
         closing_seconds = max(config.weights.deadline_seconds, config.wires.stop_seconds)
         async with asyncio.TaskGroup() as group:
             helpers = [
-                group.create_task(_read(jobs, pushes, server, closing_seconds), name="orders"),
+                group.create_task(client.serve(), name="self-play"),
+                group.create_task(_take_jobs(jobs, client), name="jobs"),
+                group.create_task(_take_weights(pushes, client, server, closing_seconds), name="pushes"),
                 group.create_task(_stop_when_asked(reporter, server), name="stop"),
             ]
-            group.create_task(_forward(answers, selfplay, learner, reporter), name="answers")
+            await learner.send(replace(ready, endpoint=pushes.endpoint))
+            reporter.report("waiting for weights")
+            group.create_task(_forward(answers, client, learner, reporter), name="answers")
             try:
                 await server.run(answers.put_nowait)
             finally:
@@ -113,31 +115,99 @@ def _engine_server(config: Config, name: str) -> AbstractAsyncContextManager[Eng
     return (vllm_server if config.engine_kind == "vllm" else embedded_server)(config, name)
 
 
-async def _read(
-    jobs: ZmqReceiver[GenerateJob | CancelJob],
-    pushes: ZmqReceiver[JoinWeights | PushWeights],
-    server: EngineServer,
-    closing_seconds: float,
+class Client:
+    """Self-play, whoever that is by now. When one is gone its jobs are dropped, and the worker tells the next one that
+    it is there: the weights stay."""
+
+    def __init__(self, ready: WorkerReady, server: EngineServer, connect: Callable[[], ToSelfPlay]) -> None:
+        """`connect` waits for whoever comes next, and has a deadline for that."""
+        self.gone = asyncio.Event()
+        """Nobody is there."""
+        self._ready, self._server, self._connect = ready, server, connect
+        self._jobs = Jobs()
+        self._results: asyncio.Queue[GenerationResults] = asyncio.Queue()
+        self._silent = asyncio.Event()
+
+    def take(self, order: GenerateJob | CancelJob) -> None:
+        """Self-play orders something."""
+        self._server.give(self._jobs.order(order))
+
+    def give(self, results: GenerationResults) -> None:
+        """The engine has made something."""
+        own = self._jobs.results(results)
+        if own.completions:
+            self._results.put_nowait(own)
+
+    def went_silent(self) -> None:
+        """No job can come from self-play any more. If it is there all the same, it has to learn of this worker anew."""
+        self._silent.set()
+
+    async def serve(self) -> None:
+        """Tell self-play what it has asked for. Raises PeerVanished when nobody comes in time."""
+        while True:
+            async with self._connect() as selfplay:
+                self.gone.clear()
+                self._silent.clear()
+                try:
+                    await selfplay.send(self._ready)
+                    why = await self._until_lost(selfplay)
+                except (PeerVanished, ChannelClosed) as lost:
+                    why = str(lost)
+                self._forget(why)
+
+    async def _until_lost(self, selfplay: ToSelfPlay) -> str:
+        async def forward() -> None:
+            with suppress(PeerVanished, ChannelClosed):  # `ended` tells
+                while True:
+                    await selfplay.send(await self._results.get())
+
+        async with asyncio.TaskGroup() as group:
+            ending = group.create_task(selfplay.ended(), name="self-play ended")
+            silence = group.create_task(self._silent.wait(), name="self-play silent")
+            forwarding = group.create_task(forward(), name="results")
+            await asyncio.wait([ending, silence], return_when=asyncio.FIRST_COMPLETED)
+            why = str(ending.result()) if ending.done() else "it sends no jobs any more."
+            for task in (ending, silence, forwarding):
+                task.cancel()
+        return why
+
+    def _forget(self, why: str) -> None:
+        self.gone.set()
+        orders = self._jobs.forget()
+        log.info("self-play is gone, %d of its jobs are dropped: %s", len(orders), why)
+        for order in orders:
+            self._server.give(order)
+        self._results = asyncio.Queue()
+
+
+async def _take_jobs(jobs: ZmqReceiver[GenerateJob | CancelJob], client: Client) -> None:
+    """Jobs -> engine."""
+    while True:
+        try:
+            client.take(await anext(jobs))
+        except PeerVanished as silence:
+            log.warning("%s", silence)
+            client.went_silent()
+
+
+async def _take_weights(
+    pushes: ZmqReceiver[JoinWeights | PushWeights], client: Client, server: EngineServer, closing_seconds: float
 ) -> None:
-    """Orders -> engine, which ends when nobody can send any more.
+    """Orders of the learner -> engine, which ends when it and self-play are gone.
 
     At the end of a run the learner closes first, and self-play with it. If self-play goes on, the learner has gone on
     without this worker: WeightsError, so that it is started again.
     """
-
-    async def hand_over(orders: ZmqReceiver[GenerateJob | CancelJob] | ZmqReceiver[JoinWeights | PushWeights]) -> None:
-        async for order in orders:
-            server.give(order)
-
-    async with asyncio.TaskGroup() as group:
-        playing = group.create_task(hand_over(jobs), name="jobs")
-        await hand_over(pushes)
-        await asyncio.wait([playing], timeout=closing_seconds)
-        if not playing.done():
-            raise WeightsError(
-                f"the learner closed its end {closing_seconds:g} s ago and the run goes on: it has given this worker "
-                "up. Look at logs/learner-0.log for why; raise weights.deadline_seconds if this worker was only slow."
-            )
+    async for order in pushes:
+        server.give(order)
+    try:
+        async with asyncio.timeout(closing_seconds):
+            await client.gone.wait()
+    except TimeoutError:
+        raise WeightsError(
+            f"the learner closed its end {closing_seconds:g} s ago and the run goes on: it has given this worker "
+            "up. Look at logs/learner-0.log for why; raise weights.deadline_seconds if this worker was only slow."
+        ) from None
     server.stop()
 
 
@@ -148,14 +218,14 @@ async def _stop_when_asked(reporter: Reporter, server: EngineServer) -> None:
 
 
 async def _forward(
-    answers: asyncio.Queue[Answer | None], selfplay: ToSelfPlay, learner: ToLearner, reporter: Reporter
+    answers: asyncio.Queue[Answer | None], client: Client, learner: ToLearner, reporter: Reporter
 ) -> None:
     """Answers -> whoever asked. One who has closed wants no more answers."""
     while (answer := await answers.get()) is not None:
         try:
             match answer:
                 case GenerationResults():
-                    await selfplay.send(answer)
+                    client.give(answer)
                 case WeightsJoined():
                     await learner.send(answer)
                 case WeightsInstalled():
@@ -171,6 +241,7 @@ def _jobs(config: Config, wires_dir: Path, name: str) -> ZmqReceiver[GenerateJob
         (GenerateJob, CancelJob),
         name=f"{name}-jobs",
         capacity=CAPACITY,
+        expected_senders=0,  # self-play may be started again
         join_seconds=config.wires.start_seconds,
         heartbeat_seconds=config.wires.heartbeat_seconds,
         peer_timeout_seconds=config.wires.peer_timeout_seconds,

@@ -22,6 +22,7 @@ from azr_async.config import Config
 from azr_async.messages import RolloutBatch
 from azr_async.programs.learner_loop import Leader, Loaded
 from azr_async.programs.learner_metrics import Books
+from azr_async.programs.learner_saving import saving
 from azr_async.programs.learner_weights import TorchThread, publishing
 from azr_async.programs.learner_wires import StopRequested, Wires, open_wires
 from azr_async.programs.wiring import Reporter, load_run_config, program_main, program_parser
@@ -78,11 +79,15 @@ async def _lead(
     """Rank 0: the whole run, from the first weights to the last checkpoint."""
     resumed_step = loaded.crew.version if loaded.is_resumed else None
     vocabulary = loaded.model.config.vocab_size
+    checkpoint_root = run_dir / CHECKPOINTS_FOLDER
     if resumed_step is not None:
         # With the lines that Books cuts off, and before them: the newest checkpoint never lacks its lines.
-        await torch.run(partial(checkpoints.remove_after, run_dir / CHECKPOINTS_FOLDER, resumed_step))
+        await torch.run(partial(checkpoints.remove_after, checkpoint_root, resumed_step))
     with Books(run_dir, config, resumed_step=resumed_step) as books:
-        async with publishing(config, loaded.crew, torch, wires, vocabulary=vocabulary) as publisher:
+        async with (
+            saving(config, checkpoint_root, loaded.model, loaded.tokenizer) as saver,
+            publishing(config, loaded.crew, torch, wires, vocabulary=vocabulary) as publisher,
+        ):
             leader = Leader(
                 loaded,
                 config,
@@ -91,7 +96,7 @@ async def _lead(
                 publisher=publisher,
                 books=books,
                 reporter=reporter,
-                checkpoint_root=run_dir / CHECKPOINTS_FOLDER,
+                saver=saver,
             )
             await leader.run()
     await torch.run(loaded.crew.dismiss)
@@ -128,6 +133,7 @@ def _load(config: Config, resume: Path | None) -> Loaded:
         is_resumed=state is not None,
         wall_seconds=state.extra["wall_seconds"] if state else 0.0,
         self_play=state.self_play if state else "",
+        numbers=state.extra if state else {},
     )
 
 

@@ -2,15 +2,16 @@
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from azr_async.adapters import checkpoints
 from azr_async.adapters.trainer import Crew, StepReport, Trainer
+from azr_async.algorithm.lag_control import Measurement
 from azr_async.config import Config
 from azr_async.messages import (
     BatchRequest,
@@ -21,7 +22,9 @@ from azr_async.messages import (
     StateRequest,
     WeightsReady,
 )
+from azr_async.programs.learner_lag import LagBound
 from azr_async.programs.learner_metrics import Books, Push, Record, empty_record, step_record
+from azr_async.programs.learner_saving import Saver
 from azr_async.programs.learner_weights import Publisher, TorchThread
 from azr_async.programs.learner_wires import FromSelfPlay, Wires
 from azr_async.programs.wiring import Reporter
@@ -44,6 +47,8 @@ class Loaded:
     """Training time before this process started."""
     self_play: str = ""
     """How self-play goes on; empty where nobody has written that down."""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """What the learner has written down of itself."""
 
 
 class Leader:
@@ -64,14 +69,17 @@ class Leader:
         publisher: Publisher,
         books: Books,
         reporter: Reporter,
-        checkpoint_root: Path,
+        saver: Saver,
     ) -> None:
         self._loaded, self._trainer, self._config = loaded, loaded.crew, config
         self._torch, self._wires, self._publisher = torch, wires, publisher
-        self._books, self._reporter, self._checkpoint_root = books, reporter, checkpoint_root
+        self._books, self._reporter, self._saver = books, reporter, saver
         self._first_version = self._saved_step = self._trainer.version
         self._started = self._last_step_end = 0.0
         self._unwritten: Record | None = None  # the line of the installed weights, while they are evaluated
+        self._lag = LagBound(config.flow, loaded.numbers)
+        self._cpu_seconds = time.process_time()
+        self._was_evaluated = False  # since the line before
 
     async def run(self) -> None:
         """The whole run; a checkpoint of the newest weights is its last deed."""
@@ -85,8 +93,11 @@ class Leader:
         if self._goes_on():
             await self._wires.requests.send(BatchRequest(version=self._trainer.version))
         while self._goes_on() and (batch := await self._next_batch()) is not None:
+            await self._save_beginning()
             report = await self._train(batch)
             await self._file_evaluated()
+            if report.version == 1:
+                await self._saver.done()  # from now on there is something to go on from
             push = await self._publish()
             await self._file(self._record(batch, report, push))
             if self._config.checkpoint.every_steps and report.version % self._config.checkpoint.every_steps == 0:
@@ -94,6 +105,13 @@ class Leader:
                 await self._save()
         await self._file_evaluated()
         await self._save()
+
+    async def _save_beginning(self) -> None:
+        """A new run's first checkpoint holds the weights that it began with, and the tasks that they have found."""
+        if not self._loaded.is_resumed and self._trainer.version == 0 and self._config.checkpoint.every_steps:
+            await self._file_evaluated()
+            self._saved_step = -1
+            await self._save()
 
     def _goes_on(self) -> bool:
         return self._trainer.version < self._config.run.steps and not self._reporter.stop_requested.is_set()
@@ -109,7 +127,9 @@ class Leader:
     async def _publish(self) -> Push:
         self._report("pushing weights")
         push = await self._publisher.push(self._trainer.version)
-        await self._wires.requests.send(WeightsReady(version=self._trainer.version, workers=self._publisher.installed))
+        version, workers = self._trainer.version, self._publisher.installed
+        max_lag = self._lag.announced(version)
+        await self._wires.requests.send(WeightsReady(version=version, workers=workers, max_lag=max_lag))
         return push
 
     async def _next_batch(self) -> RolloutBatch | None:
@@ -148,7 +168,15 @@ class Leader:
         now, before = time.monotonic(), self._last_step_end
         self._last_step_end = now
         busy_share = report.seconds / (now - before)
-        return step_record(batch, report, push, self._config, wall_seconds=now - self._started, busy_share=busy_share)
+        if not self._was_evaluated:  # else the step tells of the evaluation, not of the bound
+            tokens = float(report.trained_tokens)
+            self._lag.measured(Measurement(trained_tokens=tokens, ess=report.ess, seconds=now - before))
+        self._was_evaluated = False
+        record = step_record(batch, report, push, self._config, wall_seconds=now - self._started, busy_share=busy_share)
+        record["lag"] |= self._lag.metrics(batch.version)
+        cpu_seconds, self._cpu_seconds = time.process_time() - self._cpu_seconds, time.process_time()
+        record.setdefault("cpu", {})["learner"] = cpu_seconds
+        return record
 
     async def _file(self, record: Record) -> None:
         """Write a line, or keep it until its evaluation, asked for here, has arrived."""
@@ -162,7 +190,7 @@ class Leader:
         """Wait for the evaluation that is on its way, if any, and write its line; on a stop without it."""
         if self._unwritten is None:
             return
-        record, self._unwritten = self._unwritten, None
+        record, self._unwritten, self._was_evaluated = self._unwritten, None, True
         self._report("waiting for the evaluation")
         if record["version"] == self._trainer.version:
             result = await self._made_with_newest(EvaluationResult)
@@ -186,17 +214,22 @@ class Leader:
         return result
 
     async def _save(self) -> None:
-        """Write a checkpoint, unless there is one of these weights."""
+        """Have a checkpoint written while training goes on, unless there is one of these weights; wait for the last."""
         version = self._trainer.version
-        if version == self._saved_step:
-            return
-        self._report("writing a checkpoint")
-        self._saved_step = version
-        await self._torch.run(partial(self._write_checkpoint, version, await self._self_play_state(version)))
+        if version != self._saved_step:
+            self._report("waiting for the checkpoint before")
+            await self._saver.done()
+            self._report("copying a checkpoint")
+            self._saved_step = version
+            state = await self._self_play_state(version)
+            self._saver.begin(await self._torch.run(partial(self._checkpoint, version, state)))
+        if not self._goes_on():
+            self._report("writing a checkpoint")
+            await self._saver.done()
 
     async def _self_play_state(self, version: int) -> str:
         """How self-play can go on with these weights. It answers at once, whatever it waits for itself."""
-        await self._wires.requests.send(StateRequest(version=version))
+        await self._wires.requests.send(StateRequest(version=version, kept_step=self._saver.kept_step))
         answer = await self._wires.inbox.next(
             SelfPlayState,
             version=version,
@@ -205,17 +238,14 @@ class Leader:
         )
         return answer.state if answer else ""
 
-    def _write_checkpoint(self, version: int, self_play: str) -> None:
+    def _checkpoint(self, version: int, self_play: str) -> checkpoints.Content:
         weights, optimizer = self._trainer.checkpoint_state()
-        checkpoints.save(
-            self._checkpoint_root,
+        return checkpoints.copied(
+            self._loaded.model,
+            optimizer,
             step=version,
             version=version,
-            model=self._loaded.model,
-            tokenizer=self._loaded.tokenizer,
-            weights=weights,
-            optimizer=optimizer,
-            keep=self._config.checkpoint.keep,
-            extra={"wall_seconds": time.monotonic() - self._started},
+            extra={"wall_seconds": time.monotonic() - self._started, **self._lag.numbers()},
             self_play=self_play,
+            weights=weights,
         )

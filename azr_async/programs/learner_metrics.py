@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any, Final, Self
 
 from azr_async.adapters.telemetry import EVALUATIONS_FILE, METRICS_FILE, JsonLines, Trackers, nested, truncate_after
 from azr_async.adapters.trainer import StepReport
 from azr_async.config import Config
-from azr_async.messages import CELLS, TASKS, EvaluationResult, RolloutBatch, cell_name
+from azr_async.messages import CELLS, TASKS, Cell, EvaluationResult, RolloutBatch, cell_name
 
 Record = dict[str, Any]
 
@@ -20,10 +21,19 @@ class Push:
 
     push_seconds: float = 0.0
     """Wall time until the last engine had them."""
+    transfer_seconds: float = 0.0
+    """Of it, from when every engine was ready to receive until the last had confirmed the bytes."""
+    megabytes: float = 0.0
+    """Sent to each engine."""
     pause_seconds: float = 0.0
     """Longest pause of an engine."""
     canary_max_logp_error: float = 0.0
     """Largest difference between an engine and the learner, nats."""
+
+    @property
+    def megabytes_per_second(self) -> float | None:
+        """Bandwidth of the transfer, to each engine; None when nothing was sent."""
+        return self.megabytes / self.transfer_seconds if self.transfer_seconds else None
 
 
 class Books:
@@ -90,7 +100,8 @@ def step_record(
         "max_ratio": report.max_ratio,
         "weights": _weights(push),
         "cells": {
-            cell_name(cell): {"n": stats_of.count, "std": stats_of.std} for cell, stats_of in report.cells.items()
+            cell_name(cell): {"n": stats_of.count, "std": stats_of.std, **_lengths(batch, cell)}
+            for cell, stats_of in report.cells.items()
         },
         "train_seconds": report.seconds,
         "padding": report.padding,
@@ -111,7 +122,7 @@ def empty_record(step: int, config: Config, *, wall_seconds: float, push: Push |
         "learning_rate": None,
         "ess": None,
         "clip_fraction": None,
-        "lag": {"mean": 0.0, "max": 0, "bound": config.flow.max_lag},
+        "lag": {"mean": 0.0, "max": 0, "bound": config.flow.lag_limit},
         "reward": {cell_name(cell): None for cell in CELLS},
         **{name: dict.fromkeys(TASKS) for name in _BY_TASK},
         "tokens": {"generated": 0, "trained": 0, "dropped": 0},
@@ -135,9 +146,20 @@ def accuracy(evaluation: EvaluationResult) -> Record:
     return shares | {"mean": sum(evaluation.solved) / max(1, count), "n": count, "valid": dict(evaluation.valid)}
 
 
+def _lengths(batch: RolloutBatch, cell: Cell) -> Record:
+    """Mean length and prompt length of a cell's samples, in tokens, and how the lengths scatter."""
+    rollouts = [rollout for rollout in batch.rollouts if (rollout.role, rollout.task) == cell]
+    prompts = [rollout.prompt_length for rollout in rollouts]
+    lengths = [len(rollout.token_ids) - prompt for rollout, prompt in zip(rollouts, prompts, strict=True)]
+    return {"tokens": fmean(lengths), "tokens_std": pstdev(lengths), "prompt_tokens": fmean(prompts)}
+
+
 def _weights(push: Push) -> Record:
     return {
         "push_seconds": push.push_seconds,
+        "transfer_seconds": push.transfer_seconds,
+        "megabytes": push.megabytes,
+        "megabytes_per_second": push.megabytes_per_second,
         "pause_seconds": push.pause_seconds,
         "canary_max_logp_error": push.canary_max_logp_error,
     }

@@ -16,7 +16,7 @@ from torch import device as torch_device
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from azr_async.adapters.trainer import Crew
-from azr_async.adapters.weights import WeightGroup, give_up, host_store
+from azr_async.adapters.weights import Sent, WeightGroup, give_up, host_store
 from azr_async.config import Config
 from azr_async.errors import ChannelClosed, PeerVanished, RanksLost, WeightsError
 from azr_async.messages import JoinWeights, PushWeights, WeightsInstalled, WeightsJoined
@@ -97,7 +97,7 @@ class Publisher:
                 self.installed = {}
                 return Push()
             try:
-                answers = await self._push_to(members, version)
+                sent, answers = await self._push_to(members, version)
             except RanksLost as broken:
                 lost = _owners(broken.ranks, members)
                 nameless_failures += not lost
@@ -111,6 +111,8 @@ class Publisher:
         self.installed = {one.name: one.incarnation for one in members if one.name in answers}
         return Push(
             push_seconds=time.monotonic() - started,
+            transfer_seconds=sent.seconds,
+            megabytes=sent.size_bytes / 1e6,
             pause_seconds=max(answer.pause_seconds for answer in answers.values()),
             canary_max_logp_error=error,
         )
@@ -141,21 +143,22 @@ class Publisher:
                 "logs/inference-*.log; raise wires.start_seconds if a start takes longer. --resume goes on."
             ) from None
 
-    async def _push_to(self, members: tuple[Member, ...], version: int) -> dict[str, WeightsInstalled]:
-        """The answers of those that installed it; none of them was lost. Raises RanksLost when a rank is."""
+    async def _push_to(self, members: tuple[Member, ...], version: int) -> tuple[Sent, dict[str, WeightsInstalled]]:
+        """What was sent, and the answers of those that installed it. Raises RanksLost when a rank is lost."""
         if self._group is None or self._group.members != members:
             await self.close()
             self._group = await self._built(members)
         number = self._group.number
         for rank, member in _ranks(members):
             await _order(member, rank, PushWeights(version=version, canary_ids=self._canary_ids, group=number))
-        await self._torch.run(partial(self._send, self._group.transport, version))
-        return await self._answers(
+        sent = await self._torch.run(partial(self._send, self._group.transport, version))
+        answers = await self._answers(
             # An attempt before this one may have been answered as well.
             WeightsInstalled,
             members,
             lambda answer: answer.version == version and answer.group == number,
         )
+        return sent, answers
 
     async def _built(self, members: tuple[Member, ...]) -> _Group:
         number, self._groups_built = self._groups_built, self._groups_built + 1
@@ -198,7 +201,7 @@ class Publisher:
         for one in members:
             self._roster.give_up(one, f"{why} Look at logs/{one.name}.log.")
 
-    def _send(self, transport: WeightGroup, version: int) -> str:
+    def _send(self, transport: WeightGroup, version: int) -> Sent:
         bucket_bytes = self._config.weights.bucket_mb * 2**20
         tensors = self._trainer.named_weights()
         try:

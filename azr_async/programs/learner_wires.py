@@ -11,29 +11,25 @@ from typing import TypeVar
 
 from azr_async.adapters.channels import ZmqReceiver, ZmqSender, zmq_receiver, zmq_sender
 from azr_async.config import Config
-from azr_async.errors import ChannelClosed, PeerVanished
+from azr_async.errors import PeerVanished
 from azr_async.messages import (
-    BatchRequest,
-    EvaluationRequest,
     EvaluationResult,
     JoinWeights,
     Message,
     PushWeights,
     RolloutBatch,
     SelfPlayState,
-    StateRequest,
     WeightsInstalled,
     WeightsJoined,
-    WeightsReady,
     WorkerReady,
 )
+from azr_async.programs.learner_link import Link, ToSelfPlay
 from azr_async.programs.learner_roster import Roster
 from azr_async.programs.wiring import endpoint
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 FromSelfPlay = TypeVar("FromSelfPlay", RolloutBatch, EvaluationResult, SelfPlayState)
-ToSelfPlay = BatchRequest | EvaluationRequest | StateRequest | SelfPlayState | WeightsReady
 FromWorker = TypeVar("FromWorker", WeightsJoined, WeightsInstalled)
 Batches = ZmqReceiver[RolloutBatch | EvaluationResult | SelfPlayState]
 Answers = ZmqReceiver[WorkerReady | WeightsJoined | WeightsInstalled]
@@ -55,6 +51,8 @@ class Inbox:
         self.is_stopping = False
         self._waiting: defaultdict[type, deque[Message]] = defaultdict(deque)
         self._news = asyncio.Event()
+        self._deadlines: dict[asyncio.Timeout, float] = {}  # of those who wait for self-play
+        self._is_held = False
 
     def put(self, message: Message) -> None:
         """A message has come."""
@@ -65,11 +63,26 @@ class Inbox:
         """Have everybody who waits look again."""
         self._news.set()
 
-    async def interrupt(self, stop: asyncio.Event) -> None:
-        """Once `stop` is set, who waits for self-play gets None, who waits for the start gives up."""
-        await stop.wait()
+    def stop(self) -> None:
+        """Who waits for self-play gets None, who waits for the start gives up."""
         self.is_stopping = True
         self.wake()
+
+    def hold(self) -> None:
+        """Nobody is there to answer: deadlines of those who wait for self-play do not run."""
+        self._is_held = True
+        for deadline in self._running():
+            deadline.reschedule(None)
+
+    def release(self) -> None:
+        """Somebody is there again: the deadlines begin anew."""
+        self._is_held = False
+        now = asyncio.get_running_loop().time()
+        for deadline in self._running():
+            deadline.reschedule(now + self._deadlines[deadline])
+
+    def _running(self) -> list[asyncio.Timeout]:
+        return [deadline for deadline in self._deadlines if not deadline.expired()]
 
     async def until(self, condition: Callable[[], T | None]) -> T:
         """Wait until the condition gives something. It is asked again whenever there is news."""
@@ -101,13 +114,16 @@ class Inbox:
             return True if (self.is_stopping and not also_when_stopping) or unless() else None
 
         try:
-            async with asyncio.timeout(deadline_seconds):
+            async with asyncio.timeout(None if self._is_held else deadline_seconds) as deadline:
+                self._deadlines[deadline] = deadline_seconds
                 message = await self.until(found)
         except TimeoutError:
             raise PeerVanished(
                 f"no {kind.__name__} from selfplay within {deadline_seconds:g} s. Look at the end of "
                 "logs/selfplay.log; raise wires.step_seconds if it is only slow."
             ) from None
+        finally:
+            del self._deadlines[deadline]
         return message if isinstance(message, kind) else None
 
     async def from_each(
@@ -144,7 +160,7 @@ class Wires:
     """Everything open."""
 
     inbox: Inbox
-    requests: ZmqSender[ToSelfPlay]
+    requests: Link
     roster: Roster
 
 
@@ -169,49 +185,69 @@ async def open_wires(config: Config, wires_dir: Path, name: str, stop: asyncio.E
     def connect_worker(ready: WorkerReady) -> ZmqSender[PushWeights | JoinWeights]:
         return connect(endpoint(config, wires_dir, f"{ready.worker}-push"), ready.worker)
 
+    def connect_selfplay() -> ZmqSender[ToSelfPlay]:
+        return connect(endpoint(config, wires_dir, "selfplay-requests"), "selfplay")
+
     inbox = Inbox()
     batches, answers = _batches(config, wires_dir), _answers(config, wires_dir)
     async with batches, answers, asyncio.TaskGroup() as group:
         roster = Roster(connect_worker, group, on_change=inbox.wake)
+        link = Link(connect_selfplay, on_lost=inbox.hold, on_found=inbox.release)
         readers = [
-            group.create_task(_hear_selfplay(batches, inbox), name="read batches"),
+            group.create_task(_hear_selfplay(batches, inbox, link), name="read batches"),
             group.create_task(_hear_workers(answers, inbox, roster), name="read answers"),
-            group.create_task(inbox.interrupt(stop), name="stop"),
+            group.create_task(_stop_when_asked(stop, inbox, link), name="stop"),
         ]
         try:
             await _all_there(config, inbox, roster)
-            requests: ZmqSender[ToSelfPlay] = connect(endpoint(config, wires_dir, "selfplay-requests"), "selfplay")
-            async with requests:
-                try:
-                    yield Wires(inbox=inbox, requests=requests, roster=roster)
-                finally:
-                    # Before the senders close: the peers end with them, and that is no failure. Nor may it hide one.
-                    _cancel(readers)
+            talking = group.create_task(link.run(), name="to self-play")
+            try:
+                yield Wires(inbox=inbox, requests=link, roster=roster)
+            except BaseException:
+                talking.cancel()
+                raise
+            finally:
+                # Before the senders close: the peers end with them, and that is no failure. Nor may it hide one.
+                _cancel(readers)
+            link.close()
+            await asyncio.wait([talking])  # it has the deadlines of the wire
         finally:
             _cancel(readers)
             roster.close()
 
 
-async def _hear_selfplay(batches: Batches, inbox: Inbox) -> None:
-    """Sort what arrives; the learner is always the first to close."""
-    async for message in batches:
-        inbox.put(message)
-    raise ChannelClosed("self-play ended before the learner did. Look at the end of its log.")
+async def _stop_when_asked(stop: asyncio.Event, inbox: Inbox, link: Link) -> None:
+    await stop.wait()
+    inbox.stop()
+    link.hurry()
+
+
+async def _hear_selfplay(batches: Batches, inbox: Inbox, link: Link) -> None:
+    """Sort what arrives. That self-play is lost is noticed by the way to it."""
+    while True:
+        try:
+            message = await anext(batches)
+        except PeerVanished as silence:
+            log.warning("%s", silence)
+            continue
+        if link.conversation.takes(message):
+            inbox.put(message)
+        else:
+            log.warning("%s of version %d was not waited for", type(message).__name__, message.version)
 
 
 async def _hear_workers(answers: Answers, inbox: Inbox, roster: Roster) -> None:
     """Sort what arrives. A worker that falls silent is noticed by the roster; the others are heard on."""
     while True:
         try:
-            async for message in answers:
-                if isinstance(message, WorkerReady):
-                    roster.welcome(message)
-                else:
-                    inbox.put(message)
-            break
+            message = await anext(answers)
         except PeerVanished as silence:
             log.warning("%s", silence)
-    raise ChannelClosed("the inference workers ended before the learner did. Look at the end of their logs.")
+            continue
+        if isinstance(message, WorkerReady):
+            roster.welcome(message)
+        else:
+            inbox.put(message)
 
 
 async def _all_there(config: Config, inbox: Inbox, roster: Roster) -> None:
@@ -241,7 +277,7 @@ def _batches(config: Config, wires_dir: Path) -> Batches:
         (RolloutBatch, EvaluationResult, SelfPlayState),
         name="learner-batches",
         capacity=CAPACITY,
-        join_seconds=config.wires.start_seconds,
+        expected_senders=0,  # self-play may be started again
         heartbeat_seconds=config.wires.heartbeat_seconds,
         peer_timeout_seconds=config.wires.peer_timeout_seconds,
         limit_bytes=config.wires.message_mb * 2**20,
@@ -254,8 +290,7 @@ def _answers(config: Config, wires_dir: Path) -> Answers:
         (WorkerReady, WeightsJoined, WeightsInstalled),
         name="learner-weights",
         capacity=CAPACITY,
-        # One that failed has closed as well: only when all that may be started again have closed, nobody is left.
-        expected_senders=config.inference_workers * (1 + config.run.max_restarts),
+        expected_senders=0,  # workers may be started again, added and removed
         heartbeat_seconds=config.wires.heartbeat_seconds,
         peer_timeout_seconds=config.wires.peer_timeout_seconds,
         limit_bytes=config.wires.message_mb * 2**20,

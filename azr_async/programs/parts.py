@@ -10,7 +10,7 @@ from azr_async.algorithm.jobs import loop_seed
 from azr_async.algorithm.library import Library
 from azr_async.algorithm.validity import program_key
 from azr_async.config import Config
-from azr_async.messages import Admission, Attempt, Challenge, Judged, Problem, Proposal, Rejected
+from azr_async.messages import Admission, Attempt, Challenge, Handover, Judged, Problem, Proposal, Rejected
 from azr_async.ports import Dialogue, Engine, Receiver, Sandbox, Sender
 from azr_async.programs.standing import Standing
 from azr_async.stages.propose import propose
@@ -50,7 +50,11 @@ class Parts:
     start_version: int
     """Of the weights with which this loop begins: 0, or the version that the run was resumed at."""
     standing: Standing | None = None
-    """Where an earlier process stood at `start_version`, if the run goes on from there exactly."""
+    """Where an earlier process stood at `start_version`, if the run goes on from there."""
+    max_lag: int | None = None
+    """Staleness bound to begin with, where the learner says it; else the largest that the configuration allows."""
+    handover: Handover | None = None
+    """What the learner says, if it goes on while self-play was started again."""
 
     @property
     def seed(self) -> int:

@@ -3,7 +3,7 @@
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -53,15 +53,8 @@ def place(config: Config) -> tuple[Placed, ...]:
     """Every program of a run: engines on the first GPUs, learner ranks on the next ones, or on the same if shared."""
     placement = config.placement
     span = placement.tensor_parallel if placement.inference_gpus else 0
-    engines = [
-        Placed(
-            process=f"inference-{i}",
-            role="generates",
-            arguments=("azr_async.programs.inference", "--index", str(i)),
-            gpus=tuple(range(i * span, (i + 1) * span)),
-        )
-        for i in range(config.inference_workers)
-    ]
+    count = config.inference_workers
+    engines = [place_another(config, index, range(index * span), count * span) for index in range(count)]
     selfplay = Placed(
         process="selfplay", role="plays, judges, paces", arguments=("azr_async.programs.selfplay",), gpus=()
     )
@@ -77,6 +70,30 @@ def place(config: Config) -> tuple[Placed, ...]:
         for rank in range(config.learner_ranks)
     ]
     return (*engines, selfplay, *ranks)
+
+
+def worker_index(process: str) -> int:
+    """The number in the name of an inference worker."""
+    return int(process.rpartition("-")[2])
+
+
+def place_another(config: Config, index: int, taken: Collection[int], found: int) -> Placed:
+    """One more engine, on GPUs that no program has. Raises ConfigError when there are not enough of them."""
+    placement = config.placement
+    span = placement.tensor_parallel if placement.inference_gpus else 0
+    free = [first for first in range(found - span + 1) if not {*range(first, first + span)} & set(taken)]
+    if span and not free:
+        raise ConfigError(
+            f"inference-{index} needs {span} free GPU{'s side by side' if span > 1 else ''}, but of the "
+            f"{_counted(found)} of this machine {', '.join(f'cuda:{gpu}' for gpu in sorted(taken))} are in use. "
+            "Remove a worker first."
+        )
+    return Placed(
+        process=f"inference-{index}",
+        role="generates",
+        arguments=("azr_async.programs.inference", "--index", str(index)),
+        gpus=tuple(range(free[0], free[0] + span)) if span else (),
+    )
 
 
 def gpus_needed(config: Config) -> int:

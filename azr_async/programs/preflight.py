@@ -17,7 +17,7 @@ from azr_async.algorithm.dialogue.compact import MARKERS
 from azr_async.config import Config
 from azr_async.errors import AzrError, ConfigError
 from azr_async.programs import files, fit, placement
-from azr_async.programs.folders import config_text
+from azr_async.programs.folders import JOURNAL_FILE, config_text
 from azr_async.programs.memory_table import cache_note, heading, parts_table, splits_table
 from azr_async.programs.model_shapes import shape_of
 from azr_async.programs.wiring import endpoint, endpoint_names
@@ -31,14 +31,12 @@ _COMMON_GPU_GB: Final = 80
 class Resumed:
     """Where a run goes on from."""
 
-    checkpoint: Path
+    checkpoint: Path | None
+    """None: the run ended before its first one. It starts anew, with the tasks that it has found."""
     step: int
-
-    @property
-    def run_dir(self) -> Path | None:
-        """The run that wrote the checkpoint; None when it was moved out of it."""
-        folder = self.checkpoint.parent
-        return folder.parent if folder.name == "checkpoints" else None
+    """Of the checkpoint; -1 without one."""
+    run_dir: Path | None
+    """The run that wrote the checkpoint; None when it was moved out of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +96,8 @@ def dry_run(console: Console, config: Config, *, output: Path | None, resume: Pa
     _show_memory(console, config)
     findings = examine(config, output=output, resume=resume)
     if findings.resumed is not None:
-        console.print(f"\nIt would go on from {findings.resumed.checkpoint}.", highlight=False, soft_wrap=True)
+        where = findings.resumed.checkpoint or "its beginning, with the tasks of its journal: it has no checkpoint yet"
+        console.print(f"\nIt would go on from {where}.", highlight=False, soft_wrap=True)
     host = placement.describe_host(placement.gpus_found())
     console.print(f"\nThis machine has {host}. Nothing was started.", highlight=False)
     for problem in findings.here:
@@ -234,6 +233,8 @@ def _checkpoint(resume: Path, config: Config) -> Resumed:
         raise ConfigError(f"--resume: there is no checkpoint or run folder {resume}. Name one that exists.")
     if not _CHECKPOINT_NAME.fullmatch(path.name):
         newest = checkpoints.newest(path / "checkpoints")
+        if newest is None and files.is_file(path / JOURNAL_FILE):
+            return Resumed(checkpoint=None, step=-1, run_dir=path)
         if newest is None:
             raise AzrError(
                 f"there is no complete checkpoint in {path}. Give --resume a run directory, or its "
@@ -247,4 +248,5 @@ def _checkpoint(resume: Path, config: Config) -> Resumed:
         raise ConfigError(
             f"--resume: {folder} is at step {step}, and the run ends at step {config.run.steps}. Raise --steps."
         )
-    return Resumed(checkpoint=folder.absolute(), step=step)
+    home = folder.absolute().parent
+    return Resumed(checkpoint=folder.absolute(), step=step, run_dir=home.parent if home.name == "checkpoints" else None)

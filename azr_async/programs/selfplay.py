@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,10 +13,11 @@ from pathlib import Path
 from azr_async.adapters.channels import ZmqReceiver, ZmqSender, zmq_receiver, zmq_sender
 from azr_async.adapters.engine_client import RemoteEngines
 from azr_async.adapters.journal import SqliteJournal
+from azr_async.adapters.processor_time import children_seconds
 from azr_async.adapters.sandbox.pool import SandboxPool
 from azr_async.algorithm.dialogue import make_dialogue
 from azr_async.algorithm.jobs import loop_seed
-from azr_async.algorithm.library import Library
+from azr_async.algorithm.library import Library, TaskUse, identity_problem, task_key
 from azr_async.algorithm.validity import program_key
 from azr_async.config import Config
 from azr_async.errors import CheckpointError
@@ -25,13 +27,15 @@ from azr_async.messages import (
     EvaluationRequest,
     GenerateJob,
     GenerationResults,
+    Handover,
     Problem,
     SelfPlayState,
     StateRequest,
     WeightsReady,
     WorkerReady,
 )
-from azr_async.programs.graph import Reply, Request, self_play
+from azr_async.programs.course import Reply
+from azr_async.programs.graph import Request, self_play
 from azr_async.programs.parts import Parts
 from azr_async.programs.seeds import add_seeds, seed_problems
 from azr_async.programs.standing import Standing, library_of, read
@@ -68,8 +72,10 @@ async def run(reporter: Reporter, *, config: Config, run_dir: Path, wires_dir: P
             group.create_task(engines.run(), name="engines")
             seeds = await _seeds(config, sandbox, suite)
 
-            async def begin(version: int, state: str) -> Parts:
+            async def begin(version: int, state: str, handover: Handover | None) -> Parts:
                 standing = known_standing(config, state, version=version)
+                if handover is not None and handover.has_begun:
+                    standing = left_standing(config, journal, version=version, incarnation=handover.incarnation)
                 return Parts(
                     config=config,
                     engine=engines,
@@ -85,6 +91,7 @@ async def run(reporter: Reporter, *, config: Config, run_dir: Path, wires_dir: P
                     group_ids=count(standing.next_round if standing else -1, -1),
                     start_version=version,
                     standing=standing,
+                    handover=handover,
                 )
 
             reporter.report("waiting for weights", 0, 0)
@@ -116,6 +123,28 @@ def known_standing(config: Config, state: str, *, version: int) -> Standing | No
     return standing
 
 
+def left_standing(config: Config, journal: SqliteJournal, *, version: int, incarnation: int) -> Standing | None:
+    """Where self-play stood, by what a process that was lost has left in the journal; None while the library was still
+    being filled.
+
+    What was drawn under `version` and not written down is drawn otherwise, so that it is not only found again.
+    """
+    newest = journal.newest_groups()
+    if not newest:
+        return None
+    found = {task_key(task.problem) for task in journal.tasks() if task.version < version}
+    first = {task_key(identity_problem(task)): TaskUse() for task in ("deduction", "abduction")}
+    return Standing(
+        version=version,
+        run_seed=config.run.seed,
+        seed=loop_seed(loop_seed(config.run.seed, version), incarnation),
+        first_group=max(newest.values()) + 1,
+        next_round=-1,
+        newest_task=journal.newest_task,
+        tasks=first | {key: use for key, use in journal.uses().items() if key in found},
+    )
+
+
 async def restored_library(
     config: Config,
     journal: SqliteJournal,
@@ -124,22 +153,24 @@ async def restored_library(
     version: int,
     standing: Standing | None = None,
 ) -> Library:
-    """What was known when weights of `version` were installed; what was found later is known again when it was then.
+    """What was known when weights of `version` were installed; what was found under these is known when newer come.
 
-    Without a `standing`: what was found under weights up to `version`; what was found under newer ones is forgotten.
+    Without a `standing` all that was found under weights up to `version` is known at once.
     """
     held_out = {program_key(problem.program) for problem in load_problems(config)}
+    tasks = journal.tasks()
     if standing is None:
         library = Library(capacity=config.library.capacity, seed=loop_seed(config.run.seed, version))
-        journal.forget_after(version)
-        for problem in journal.problems():
-            library.add(problem)
-    else:
-        tasks = journal.tasks()
-        library = library_of(standing, (found.problem for found in tasks), capacity=config.library.capacity)
+        later = [found for found in tasks if found.version > version]
         for found in tasks:
-            if found.number > standing.newest_task and program_key(found.problem.program) not in held_out:
-                library.expect(found.problem, group_id=found.group_id or 0, version=found.version)
+            if found.version <= version:
+                library.add(found.problem)
+    else:
+        library = library_of(standing, (found.problem for found in tasks), capacity=config.library.capacity)
+        later = [found for found in tasks if found.number > standing.newest_task or found.version >= version]
+    for found in later:
+        if program_key(found.problem.program) not in held_out:
+            library.expect(found.problem, group_id=found.group_id or 0, version=found.version)
     for known in library.known():
         if program_key(known.problem.program) in held_out:  # the suite may be another one than when it was found
             library.discard(known.problem)
@@ -171,6 +202,8 @@ def _usage(engines: RemoteEngines, sandbox: SandboxPool) -> Mapping[str, float]:
         "busy.inference": sum(totals.busy_seconds for totals in engines.totals.values()),
         "busy.sandbox": sandbox.busy_seconds,
         "tokens.generated": float(sum(totals.generated_tokens for totals in engines.totals.values())),
+        "cpu.selfplay": time.process_time(),
+        "cpu.sandbox": children_seconds(),
     }
 
 
@@ -228,8 +261,7 @@ def _results(config: Config, wires_dir: Path) -> ZmqReceiver[GenerationResults |
         (GenerationResults, WorkerReady),
         name="selfplay",
         capacity=256,
-        # One that failed has closed as well: only when all that may be started again have closed, nobody is left.
-        expected_senders=config.inference_workers * (1 + config.run.max_restarts),
+        expected_senders=0,
         heartbeat_seconds=config.wires.heartbeat_seconds,
         peer_timeout_seconds=config.wires.peer_timeout_seconds,
         limit_bytes=config.wires.message_mb << 20,
@@ -239,9 +271,11 @@ def _results(config: Config, wires_dir: Path) -> ZmqReceiver[GenerationResults |
 def _requests(config: Config, wires_dir: Path) -> ZmqReceiver[Request]:
     return zmq_receiver(
         endpoint(config, wires_dir, "selfplay-requests"),
-        (BatchRequest, EvaluationRequest, StateRequest, SelfPlayState, WeightsReady),
+        (Handover, BatchRequest, EvaluationRequest, StateRequest, SelfPlayState, WeightsReady),
         name="selfplay",
         capacity=64,
+        # The learner comes when all workers are there, and says itself who is not.
+        join_seconds=2 * config.wires.start_seconds,
         heartbeat_seconds=config.wires.heartbeat_seconds,
         peer_timeout_seconds=config.wires.peer_timeout_seconds,
         limit_bytes=config.wires.message_mb << 20,

@@ -95,6 +95,8 @@ def _metavar(name: str) -> str:
     schema = _schema()[section]["properties"][field]
     if "enum" in schema:
         return "|".join(map(str, schema["enum"]))
+    if "anyOf" in schema and "const" in schema["anyOf"][-1]:
+        return f"N|{schema['anyOf'][-1]['const']}"
     return {"integer": "N", "number": "X", "boolean": "true|false", "array": "A,B,.."}.get(
         schema.get("type", ""), "TEXT"
     )
@@ -102,7 +104,7 @@ def _metavar(name: str) -> str:
 
 def _kind(schema: Mapping[str, Any]) -> str:
     if "anyOf" in schema:
-        return " or ".join(_kind(option) for option in schema["anyOf"])
+        return " or ".join(str(option.get("const", "")) or _kind(option) for option in schema["anyOf"])
     if "enum" in schema:
         return f"one of {', '.join(map(str, schema['enum']))}"
     if "const" in schema:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from azr_async.messages import TASKS
-from azr_async.programs.supervision import Ended, Loss, RunEnd
+from azr_async.programs.fates import Ended, Loss, RunEnd
 from azr_async.programs.view import duration
 from azr_async.programs.wiring import LastWords
 
@@ -56,12 +56,18 @@ def what_was_learned(lines: Sequence[Metrics], run_dir: Path, restarts: Mapping[
 def how_it_was_interrupted(lines: Sequence[Metrics], steps: int, run_dir: Path, *, is_saved: bool = True) -> str:
     """What there is after Ctrl-C, and how to go on. Not `is_saved`: the learner ended without its checkpoint."""
     step = lines[-1]["step"] if lines else 0
-    checkpoints = sorted((run_dir / "checkpoints").glob("step-*"))
     after = f"Stopped after step {step} of {steps}. Everything is in {run_dir}."
-    if not checkpoints:
+    way_on = how_to_go_on(run_dir)
+    if not way_on:
         why = "There was nothing to save yet" if is_saved else "No checkpoint was written"
         return f"{after} {why}; the same command starts again."
-    return f"{after}\nGo on with: python run.py --resume {checkpoints[-1]}"
+    return f"{after}\n{way_on}"
+
+
+def how_to_go_on(run_dir: Path) -> str:
+    """The command that continues from the newest checkpoint; empty while there is none."""
+    checkpoints = sorted((run_dir / "checkpoints").glob("step-*"))
+    return f"Go on with: python run.py --resume {checkpoints[-1]}" if checkpoints else ""
 
 
 def what_failed_while_stopping(end: RunEnd, words: Mapping[str, LastWords], run_dir: Path) -> list[str]:
@@ -91,11 +97,14 @@ def how_it_failed(end: RunEnd, culprit: Ended | None, words: str, run_dir: Path)
     if words:
         return f"{culprit.name} failed: {words}{before}\nIts log: {log}"
     tail = "".join(f"\n    {line}" for line in last_lines(log)) or "\n    (nothing)"
-    return f"{culprit.name} {how_it_ended(culprit.status)}{before}\nLast lines of its log, {log}:{tail}"
+    return f"{culprit.name} {how_it_ended(culprit)}{before}\nLast lines of its log, {log}:{tail}"
 
 
-def how_it_ended(status: int) -> str:
+def how_it_ended(ended: Ended) -> str:
     """An exit status in words."""
+    status = ended.status
+    if ended.was_silent:
+        return "had not answered for wires.peer_timeout_seconds, so it was killed."
     if status >= 0:
         return f"ended with exit status {status}."
     name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
@@ -106,8 +115,13 @@ def how_it_ended(status: int) -> str:
 def how_it_was_lost(loss: Loss, words: LastWords | None, max_restarts: int) -> str:
     """What the user is told when a program is lost and started again."""
     ended = loss.ended
-    how = f"failed: {words.message}" if words else how_it_ended(ended.status)
+    how = f"failed: {words.message}" if words else how_it_ended(ended)
     return f"{ended.name} {how} It starts again in {loss.after_seconds:g} s ({loss.number} of {max_restarts} times)."
+
+
+def how_it_left(ended: Ended) -> str:
+    """What the user is told when a worker that was to be removed is gone."""
+    return f"{ended.name} has left." if ended.status == 0 else f"{ended.name} has left: it {how_it_ended(ended)}"
 
 
 def last_lines(path: Path, count: int = LOG_LINES) -> list[str]:

@@ -7,86 +7,16 @@ import signal
 import time
 from asyncio.subprocess import DEVNULL, Process
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final, Literal
 
-State = Literal["starting", "running", "restarting", "ended", "failed"]
+from azr_async.programs.fates import Deadlines, Ended, Loss, ProgramSpec, RunEnd, State
+
+__all__ = ["Deadlines", "Ended", "Loss", "ProgramSpec", "RunEnd", "State", "Supervisor", "back_off"]
 
 FIRST_BACK_OFF_SECONDS: Final = 1.0
 LONGEST_BACK_OFF_SECONDS: Final = 60.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProgramSpec:
-    """One program to run, as plain data."""
-
-    name: str
-    argv: tuple[str, ...]
-    env: Mapping[str, str]
-    log_path: Path
-    """Receives stdout and stderr."""
-    ends_the_run: bool = False
-    """When all programs with this mark have ended, the run is done."""
-    is_told_to_stop: bool = False
-    """Gets SIGTERM when the user wants to stop; the others end because their channels close."""
-    max_restarts: int = 0
-    """How often it is started again when it is lost while the run goes on."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Deadlines:
-    """How long the supervisor waits, in seconds."""
-
-    start_seconds: float
-    """Until every program was heard of."""
-    stop_seconds: float
-    """After the user's wish to stop, until programs are killed."""
-    linger_seconds: float
-    """After the run is done, for the programs that only served it."""
-    grace_seconds: float = 3.0
-    """Between SIGTERM and SIGKILL."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ended:
-    """A program that is no more."""
-
-    name: str
-    status: int
-    """Exit status, or minus the signal that killed it."""
-    at_seconds: float
-    """When, on this host's monotonic clock."""
-    was_told: bool
-    """The supervisor had already signalled it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Loss:
-    """A program was lost, and will be started again."""
-
-    ended: Ended
-    number: int
-    """How often it was lost by now."""
-    after_seconds: float
-    """When it will be started again."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunEnd:
-    """How a run ended."""
-
-    kind: Literal["done", "failed", "interrupted"]
-    programs: tuple[Ended, ...]
-    """Programs that ended by themselves and were not started again, in the order in which they did."""
-    restarts: Mapping[str, int] = field(default_factory=dict)
-    """How often programs were lost without ending the run."""
-    complaint: str = ""
-    """Set when a run failed although no program did."""
-    killed: tuple[str, ...] = ()
-    """Programs that had to be killed."""
 
 
 class Supervisor:
@@ -99,19 +29,25 @@ class Supervisor:
         *,
         is_consequence: Callable[[str], bool] = lambda name: False,
         on_loss: Callable[[Loss], None] = lambda loss: None,
+        on_removed: Callable[[Ended], None] = lambda ended: None,
     ) -> None:
         """`is_consequence` tells whether a failed program says that it fell because of another.
 
-        `on_loss` is called when a program was lost that will be started again.
+        `on_loss` is called when a program was lost that will be started again, `on_removed` when one has ended that was
+        to be removed.
         """
         self.is_under_way = False
         """Set from outside once the run has shown that it works. Before, a program that fails by itself ends the run at
         once: it would fail again."""
-        self._is_consequence, self._on_loss = is_consequence, on_loss
+        self._is_consequence, self._on_loss, self._on_removed = is_consequence, on_loss, on_removed
         self._losses: Counter[str] = Counter()
         self._resting: set[str] = set()
         self._is_winding_down = asyncio.Event()
-        self._specs = specs
+        self._specs = list(specs)
+        self._group = asyncio.TaskGroup()
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._leaving: set[str] = set()
+        self._silent: set[str] = set()
         self._deadlines = deadlines
         self._processes: dict[str, Process] = {}
         self._ended: dict[str, Ended] = {}
@@ -130,21 +66,52 @@ class Supervisor:
         self._heard.add(name)
         self._changed.set()
 
+    def is_silent(self, name: str) -> None:
+        """A program has not answered for too long: it hangs, or was stopped. It is killed, which it cannot refuse.
+
+        One that has not reported yet is not meant: it takes the place of the one that was silent.
+        """
+        process = self._processes.get(name)
+        if name in self._heard and process is not None and process.returncode is None and name not in self._told:
+            self._silent.add(name)
+            _kill_group(process.pid)
+
+    def add(self, spec: ProgramSpec) -> None:
+        """One program more."""
+        self._specs.append(spec)
+        self._keepers[spec.name] = self._group.create_task(self._keep(spec), name=spec.name)
+
+    def remove(self, name: str) -> None:
+        """One program less: it is told to end, after `stop_seconds` it is killed. The run does not end with it."""
+        self._leaving.add(name)
+        if name in self._resting:
+            self._keepers[name].cancel()
+            self._forget(name)
+            return
+        self._tell([name])
+        process = self._processes[name]
+
+        def kill() -> None:
+            if process.returncode is None:
+                _kill_group(process.pid)
+
+        asyncio.get_running_loop().call_later(self._deadlines.stop_seconds, kill)
+
     def states(self) -> dict[str, State]:
         """What each program is doing, by name."""
         return {spec.name: self._state(spec.name) for spec in self._specs}
 
     async def run(self) -> RunEnd:
         """Start everything, wait, and end everything. However this is left, no process of the run is alive."""
-        async with asyncio.TaskGroup() as group:
-            keepers = [group.create_task(self._keep(spec), name=spec.name) for spec in self._specs]
+        async with self._group as group:
+            self._keepers = {spec.name: group.create_task(self._keep(spec), name=spec.name) for spec in self._specs}
             try:
                 kind, complaint = await self._decided()
                 await self._wind_down(kind)
                 killed = tuple(spec.name for spec in self._specs if spec.name not in self._gone())
                 ended = tuple(sorted(self._ended.values(), key=lambda one: one.at_seconds))
             finally:
-                for keeper in keepers:
+                for keeper in self._keepers.values():
                     keeper.cancel()
         return RunEnd(kind=kind, programs=ended, restarts=self._losses, complaint=complaint, killed=killed)
 
@@ -152,6 +119,10 @@ class Supervisor:
         """Run a program to its end; while its loss can be borne again and again, each time after a longer rest."""
         while True:
             ended = await self._run_once(spec)
+            if spec.name in self._leaving:
+                self._forget(spec.name)
+                self._on_removed(ended)
+                return
             if not self._is_started_again(spec, ended):
                 self._ended[spec.name] = ended
                 self._changed.set()
@@ -166,6 +137,7 @@ class Supervisor:
                     return
             self._resting.remove(spec.name)
             self._heard.discard(spec.name)
+            self._silent.discard(spec.name)
 
     async def _run_once(self, spec: ProgramSpec) -> Ended:
         with spec.log_path.open("ab") as log:
@@ -176,10 +148,21 @@ class Supervisor:
         self._changed.set()
         try:
             status = await process.wait()
-            return Ended(name=spec.name, status=status, at_seconds=time.monotonic(), was_told=spec.name in self._told)
+            return Ended(
+                name=spec.name,
+                status=status,
+                at_seconds=time.monotonic(),
+                was_told=spec.name in self._told,
+                was_silent=spec.name in self._silent,
+            )
         finally:
             _kill_group(process.pid)  # whatever it started dies with it
             await process.wait()  # short: SIGKILL cannot be refused
+
+    def _forget(self, name: str) -> None:
+        self._specs = [spec for spec in self._specs if spec.name != name]
+        self._resting.discard(name)
+        self._changed.set()
 
     def _is_started_again(self, spec: ProgramSpec, ended: Ended) -> bool:
         was_killed = ended.status < 0
@@ -270,6 +253,8 @@ class Supervisor:
     def _state(self, name: str) -> State:
         if name in self._ended:
             return "ended" if self._ended[name].status == 0 else "failed"
+        if name in self._leaving:
+            return "leaving"
         if name in self._resting:
             return "restarting"
         return "running" if name in self._heard else "starting"

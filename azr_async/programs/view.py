@@ -46,7 +46,7 @@ class ViewState:
 
     def take(self, lines: Sequence[Metrics], processes: Mapping[str, str]) -> None:
         """New lines of metrics.jsonl, and the programs' states."""
-        self.processes.update(processes)
+        self.processes = dict(processes)
         self.new_lines.extend(lines)
         self.recent = [*self.recent, *lines][-RATE_STEPS - 1 :]
         evaluations = [line["eval"] for line in lines if line.get("eval")]
@@ -217,7 +217,14 @@ def _flow(state: ViewState) -> Table:
 
 def _programs(state: ViewState) -> Table:
     table = Table.grid(padding=(0, 3))
-    colours = {"running": "green", "starting": "yellow", "restarting": "yellow", "failed": "red", "ended": "dim"}
+    colours = {
+        "running": "green",
+        "starting": "yellow",
+        "restarting": "yellow",
+        "leaving": "dim",
+        "failed": "red",
+        "ended": "dim",
+    }
     for name, status in state.processes.items():
         progress = state.phases.get(name) if status in ("starting", "running") else None
         table.add_row(name, Text(status, style=colours.get(status, "")), phase_text(progress) if progress else "")

@@ -97,11 +97,17 @@ class Reporter:
         self.stop_requested = asyncio.Event()
         """Set by SIGTERM: finish the step at hand, write what must be kept, and return."""
         self._latest: Progress | None = None
+        self._last: Progress | None = None
         self._news = asyncio.Event()
 
     def report(self, phase: str, done: int = 0, total: int = 0) -> None:
         """Say what the program is doing. Never blocks: only the newest report is kept until it is sent."""
         self._latest = Progress(process=self.process, phase=phase, done=done, total=total)
+        self._news.set()
+
+    def report_again(self) -> None:
+        """Say it once more: nobody has heard it, or whoever did has forgotten."""
+        self._latest = self._latest or self._last
         self._news.set()
 
     async def next(self) -> Progress:
@@ -110,6 +116,7 @@ class Reporter:
             self._news.clear()
             await self._news.wait()
         latest, self._latest = self._latest, None
+        self._last = latest
         return latest
 
 
@@ -186,20 +193,27 @@ async def _run(process: str, wires_dir: Path, config: Config, main: Callable[[Re
 
 
 async def _forward_reports(reporter: Reporter, wires_dir: Path, config: Config) -> None:
-    """Reports -> launcher. A launcher that does not listen costs reports, never the run."""
-    launcher: ZmqSender[Progress] = zmq_sender(
-        endpoint(config, wires_dir, "launcher"),
-        name=reporter.process,
-        peer="launcher",
-        heartbeat_seconds=config.wires.heartbeat_seconds,
-        peer_timeout_seconds=config.wires.peer_timeout_seconds,
-    )
-    try:
-        async with launcher:
-            while True:
-                await launcher.send(await reporter.next())
-    except (PeerVanished, ChannelClosed) as error:
-        log.warning("no more reports to the launcher: %s", error)
+    """Reports -> launcher. A launcher that does not listen for a while (its terminal may be held up, or it is stopped)
+    costs reports, never the run: it kills who says nothing, so it has to hear of this program again."""
+    while True:
+        launcher: ZmqSender[Progress] = zmq_sender(
+            endpoint(config, wires_dir, "launcher"),
+            name=reporter.process,
+            peer="launcher",
+            heartbeat_seconds=config.wires.heartbeat_seconds,
+            peer_timeout_seconds=config.wires.peer_timeout_seconds,
+            connect_seconds=config.wires.start_seconds,
+        )
+        try:
+            async with launcher:
+                while True:
+                    await launcher.send(await reporter.next())
+        except ChannelClosed as over:
+            log.info("no more reports to the launcher: %s", over)
+            return
+        except PeerVanished as silence:
+            log.warning("%s", silence)
+        reporter.report_again()
 
 
 def _start_log(path: Path) -> None:

@@ -23,6 +23,8 @@ from azr_async.adapters.models import load_model
 from azr_async.adapters.trainer import Crew, Trainer, connect_ranks, follow, loading_device
 from azr_async.config import Config
 from azr_async.messages import RolloutBatch
+from tests.live_bytes import LiveBytes
+from tests.random_models import random_model
 from tests.rollout_batches import random_batch
 
 LEARNERS: dict[str, dict[str, Any]] = {
@@ -38,11 +40,14 @@ CANARIES = [np.arange(7, dtype=np.int32), np.arange(90, 95, dtype=np.int32)]
 
 
 def main(folder: Path) -> None:
-    """For each kind of model in the folder: all steps, then the last ones again from a checkpoint of one rank."""
+    """For each kind of model in the folder: all steps, then the last ones from a checkpoint of one rank, if any."""
     accelerator = connect_ranks(Config())
+    check_stream(accelerator)
     for kind in LEARNERS:
         config = config_of(kind)
         for name, source, first in (("whole", kind, 0), ("resumed", f"{kind}-one/step-000005", SAVED_STEP)):
+            if not (folder / source).is_dir():
+                continue
             trainer, model, tokenizer = loaded(folder / source, config, accelerator, version=first)
             check_parts(trainer, model, accelerator)
             if accelerator.process_index:
@@ -59,7 +64,7 @@ def main(folder: Path) -> None:
 
 def config_of(kind: str) -> Config:
     """Settings of this kind of model's run."""
-    learner = {"microbatch_tokens": 60, "sharding": "full", **LEARNERS[kind]}
+    learner = {"microbatch_tokens": 60, **LEARNERS[kind]}
     return Config.model_validate({"flow": {"max_lag": 2}, "learner": learner})
 
 
@@ -89,17 +94,8 @@ def save(root: Path, crew: Crew, model: PreTrainedModel, tokenizer: PreTrainedTo
     """A checkpoint, as the learner writes it."""
     weights, optimizer = crew.checkpoint_state()
     step = crew.version
-    checkpoints.save(
-        root,
-        step=step,
-        version=step,
-        model=model,
-        tokenizer=tokenizer,
-        weights=weights,
-        optimizer=optimizer,
-        keep=2,
-        extra={},
-    )
+    content = checkpoints.copied(model, optimizer, step=step, version=step, extra={}, weights=weights)
+    checkpoints.save(root, content, model=model, tokenizer=tokenizer, keep=2)
 
 
 def check_parts(trainer: Trainer, model: PreTrainedModel, accelerator: Accelerator) -> None:
@@ -111,6 +107,22 @@ def check_parts(trainer: Trainer, model: PreTrainedModel, accelerator: Accelerat
         assert parameter.dtype == torch.float32
         rows = -(-parameter.shape[0] // accelerator.num_processes)
         assert parameter.to_local().shape[0] <= rows
+
+
+def check_stream(accelerator: Accelerator) -> None:
+    """The weights go out one after the other: no rank ever has more than a few of them whole."""
+    model = random_model("llama-untied", num_hidden_layers=16)
+    total_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    trainer = Trainer(model, Config(), accelerator)
+    parts = [parameter.to_local() for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    kept = [part.untyped_storage() for part in parts]  # only what is held is counted
+    live = LiveBytes(parts)
+    kept_bytes = live.live
+    with live:
+        largest_bytes = max(weight.nbytes for _, weight in trainer.named_weights())
+    assert kept_bytes == sum(storage.nbytes() for storage in kept)
+    # Few at a time: from all ranks, put together, cut where rows were filled up, given out, and the one before it.
+    assert live.peak - kept_bytes <= 5 * largest_bytes < total_bytes / 4
 
 
 def decoded(payload: bytes) -> RolloutBatch:

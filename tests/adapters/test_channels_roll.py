@@ -1,5 +1,6 @@
 """The receiver's half of the protocol by itself: credits are exact, and no frames can upset it."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,8 +22,16 @@ def roll_with(capacity: int) -> Roll:
     return Roll(terms, "ipc:///tmp/s")
 
 
+def said(*frames: bytes) -> list[bytes]:
+    return list(protocol.sealed(*frames))
+
+
+def data(number: int, payload: bytes) -> list[bytes]:
+    return said(protocol.DATA, protocol.number_frame(number), payload)
+
+
 def last_allowance(told: list[Frames], so_far: int) -> int:
-    return max([so_far, *(protocol.read_number(frames[2]) for frames in told if len(frames) > 2)])
+    return max([so_far, *(protocol.read_number(frames[2]) for frames in told if len(frames) > 3)])
 
 
 @given(capacity=st.integers(1, 9), moves=st.lists(st.booleans(), max_size=100))
@@ -31,11 +40,11 @@ def test_a_sender_is_out_of_credit_exactly_when_as_many_as_fit_are_unread(capaci
     """A move is either a message that the sender has credit for, or the consumer taking one that is there."""
     roll = roll_with(capacity)
     sent = 0
-    allowed = last_allowance(roll.hear(b"id", [protocol.HELLO, b"learner"]), 0)
+    allowed = last_allowance(roll.hear(b"id", said(protocol.HELLO, b"learner")), 0)
     for is_send in moves:
         if is_send and sent < allowed:
             sent += 1
-            allowed = last_allowance(roll.hear(b"id", [protocol.DATA, b""]), allowed)
+            allowed = last_allowance(roll.hear(b"id", data(sent, b"")), allowed)
         elif not is_send and roll.arrived:
             arrival = roll.arrived.popleft()
             assert isinstance(arrival, tuple)
@@ -46,7 +55,10 @@ def test_a_sender_is_out_of_credit_exactly_when_as_many_as_fit_are_unread(capaci
 
 
 words = st.sampled_from([protocol.HELLO, protocol.DATA, protocol.BEAT, protocol.CLOSE, protocol.UNKNOWN])
-frames = st.lists(words | st.binary(max_size=9), max_size=4)
+numbers = st.integers(0, 4).map(protocol.number_frame)
+frames = st.lists(words | numbers | st.binary(max_size=9), max_size=4).flatmap(
+    lambda drawn: st.sampled_from([drawn, said(*drawn)])
+)
 
 
 @given(st.lists(st.tuples(st.sampled_from([b"a", b"b"]), frames) | st.none(), max_size=60))
@@ -62,23 +74,24 @@ def test_no_frames_upset_it_or_fill_its_memory(events: list[tuple[bytes, list[by
 
 def test_a_sender_is_lost_after_its_timeout_and_a_sign_of_life_starts_it_again() -> None:
     roll = roll_with(1)
-    roll.hear(b"id", [protocol.HELLO, b"learner"])
+    roll.hear(b"id", said(protocol.HELLO, b"learner"))
     for _ in range(3):
         roll.beat()
-    roll.hear(b"id", [protocol.BEAT])
+    roll.hear(b"id", said(protocol.BEAT, protocol.number_frame(0)))
     for _ in range(3):
         roll.beat()
     assert not roll.arrived
     roll.beat()
     assert [str(loss)[:7] for loss in roll.arrived if isinstance(loss, PeerVanished)] == ["learner"]
-    assert roll.hear(b"id", [protocol.BEAT]) == [(b"id", protocol.UNKNOWN)]
+    answer = roll.hear(b"id", said(protocol.BEAT, protocol.number_frame(0)))
+    assert answer == [(b"id", *said(protocol.UNKNOWN))]
 
 
 def test_what_a_lost_sender_had_sent_comes_before_the_news_of_its_loss() -> None:
     roll = roll_with(2)
-    roll.hear(b"id", [protocol.HELLO, b"learner"])
+    roll.hear(b"id", said(protocol.HELLO, b"learner"))
     for payload in (b"1", b"2"):
-        roll.hear(b"id", [protocol.DATA, payload])
+        roll.hear(b"id", data(int(payload), payload))
     for _ in range(9):
         roll.beat()
     first, second, loss = roll.arrived
@@ -91,8 +104,21 @@ def test_what_a_lost_sender_had_sent_comes_before_the_news_of_its_loss() -> None
 
 def test_a_repeated_greeting_does_not_give_more_credit() -> None:
     roll = roll_with(2)
-    first = roll.hear(b"id", [protocol.HELLO, b"learner"])
-    assert roll.hear(b"id", [protocol.HELLO, b"learner"]) == first
-    for _ in range(5):
-        roll.hear(b"id", [protocol.DATA, b""])
-    assert (len(roll.arrived), roll.refused) == (2, 3)
+    first = roll.hear(b"id", said(protocol.HELLO, b"learner"))
+    assert roll.hear(b"id", said(protocol.HELLO, b"learner")) == first
+    for number in (1, 2, 3):
+        roll.hear(b"id", data(number, b""))
+    assert (len(roll.arrived), roll.refused) == (2, 1)
+
+
+@given(st.lists(st.binary(max_size=20), min_size=1, max_size=4), st.data())
+@settings(deadline=None)
+def test_a_seal_holds_every_bit(frames: list[bytes], drawn: st.DataObject) -> None:
+    sealed = list(protocol.sealed(*frames))
+    assert protocol.unsealed(sealed) == frames
+    which = drawn.draw(st.sampled_from([number for number, frame in enumerate(sealed) if frame]))
+    bit = drawn.draw(st.integers(0, 8 * len(sealed[which]) - 1))
+    changed = bytearray(sealed[which])
+    changed[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(ValueError, match="not what was sent"):
+        protocol.unsealed([*sealed[:which], bytes(changed), *sealed[which + 1 :]])

@@ -74,6 +74,18 @@ async def raw_socket(kind: int, endpoint: str) -> AsyncIterator[zmq.asyncio.Sock
         yield socket
 
 
+def said(*frames: bytes) -> tuple[bytes, ...]:
+    return protocol.sealed(*frames)
+
+
+def data(number: int, payload: bytes) -> tuple[bytes, ...]:
+    return said(protocol.DATA, protocol.number_frame(number), payload)
+
+
+def welcome(messages: int, limit_bytes: int = 100) -> tuple[bytes, ...]:
+    return said(protocol.WELCOME, protocol.number_frame(messages), protocol.number_frame(limit_bytes))
+
+
 # ---------------------------------------------------------------- strangers and malformed frames
 
 
@@ -83,24 +95,23 @@ async def raw_socket(kind: int, endpoint: str) -> AsyncIterator[zmq.asyncio.Sock
 async def test_a_bad_payload_is_counted_and_costs_its_sender_no_credit(tmp_path: Path, payload: bytes) -> None:
     async with receiver_at(f"ipc://{tmp_path}/s", limit_bytes=1000) as receiver:
         async with raw_socket(zmq.DEALER, receiver.endpoint) as stranger:
-            await stranger.send_multipart([protocol.HELLO, b"stranger"])
-            for _ in range(20):
-                await stranger.send_multipart([protocol.DATA, payload])
-            await stranger.send_multipart([protocol.DATA, wire.encode(BatchRequest(version=7))])
-            await stranger.send_multipart([protocol.CLOSE])
-            welcome = await stranger.recv_multipart()
-            assert welcome == [protocol.WELCOME, protocol.number_frame(4), protocol.number_frame(1000)]
-            assert [message.version async for message in receiver] == []
-        assert receiver.refused == 21
+            await stranger.send_multipart(said(protocol.HELLO, b"stranger"))
+            for number in (1, 2, 3):
+                await stranger.send_multipart(data(number, payload))
+            await stranger.send_multipart(data(4, wire.encode(BatchRequest(version=7))))
+            await stranger.send_multipart(said(protocol.CLOSE, protocol.number_frame(4)))
+            assert tuple(await stranger.recv_multipart()) == welcome(4, 1000)
+            assert [message.version async for message in receiver] == [7]
+        assert receiver.refused == 3
 
 
 async def test_good_messages_between_bad_ones_arrive(tmp_path: Path) -> None:
     async with receiver_at(f"ipc://{tmp_path}/s") as receiver:
         async with raw_socket(zmq.DEALER, receiver.endpoint) as stranger:
-            await stranger.send_multipart([protocol.HELLO, b"stranger"])
+            await stranger.send_multipart(said(protocol.HELLO, b"stranger"))
             for version in range(10):
-                await stranger.send_multipart([protocol.DATA, b"\xc1"])
-                await stranger.send_multipart([protocol.DATA, wire.encode(BatchRequest(version=version))])
+                await stranger.send_multipart(data(2 * version + 1, b"\xc1"))
+                await stranger.send_multipart(data(2 * version + 2, wire.encode(BatchRequest(version=version))))
                 assert (await anext(receiver)).version == version
         assert receiver.refused == 10
 
@@ -108,9 +119,9 @@ async def test_good_messages_between_bad_ones_arrive(tmp_path: Path) -> None:
 async def test_a_frame_far_over_the_limit_ends_its_connection_and_disturbs_nobody(tmp_path: Path) -> None:
     async with receiver_at(f"ipc://{tmp_path}/s", timeout_seconds=TIMEOUT_SECONDS) as receiver:
         async with raw_socket(zmq.DEALER, receiver.endpoint) as stranger, sender_to(receiver.endpoint) as sender:
-            await stranger.send_multipart([protocol.HELLO, b"stranger"])
+            await stranger.send_multipart(said(protocol.HELLO, b"stranger"))
             assert (await stranger.recv_multipart())[0] == protocol.WELCOME
-            await stranger.send_multipart([protocol.DATA, bytes(10_000_000)])
+            await stranger.send_multipart(data(1, bytes(10_000_000)))
             with pytest.raises(PeerVanished, match="stranger"):
                 await anext(receiver)
             await sender.send(BatchRequest(version=1))
@@ -121,20 +132,21 @@ async def test_a_frame_far_over_the_limit_ends_its_connection_and_disturbs_nobod
 @pytest.mark.parametrize(
     "frames",
     [
-        [b""],
-        [b"HELLO"],
-        [b"HELLO", b""],
-        [b"HELLO", b"\xff\n"],
-        [b"HELLO", b"n" * 101],
-        [b"DATA", wire.encode(BatchRequest(version=1))],
-        [b"a", b"b", b"c", b"d"],
+        (b"",),
+        (b"HELLO", b"not sealed"),
+        said(b"HELLO"),
+        said(b"HELLO", b""),
+        said(b"HELLO", b"\xff\n"),
+        said(b"HELLO", b"n" * 101),
+        data(1, wire.encode(BatchRequest(version=1))),
+        said(b"a", b"b", b"c", b"d"),
     ],
 )
-async def test_a_stranger_is_refused_and_disturbs_nobody(tmp_path: Path, frames: list[bytes]) -> None:
+async def test_a_stranger_is_refused_and_disturbs_nobody(tmp_path: Path, frames: tuple[bytes, ...]) -> None:
     async with receiver_at(f"ipc://{tmp_path}/s") as receiver:
         async with raw_socket(zmq.DEALER, receiver.endpoint) as stranger, sender_to(receiver.endpoint) as sender:
             await stranger.send_multipart(frames)
-            assert await stranger.recv_multipart() == [protocol.UNKNOWN]
+            assert tuple(await stranger.recv_multipart()) == said(protocol.UNKNOWN)
             await sender.send(BatchRequest(version=1))
             assert (await anext(receiver)).version == 1
             assert receiver.senders == ("learner",)
@@ -148,11 +160,12 @@ async def test_frames_that_make_no_sense_do_not_disturb_a_sender(tmp_path: Path)
         identity, *_ = await odd.recv_multipart()
         for frames in ([b""], [b"WELCOME"], [b"WELCOME", b"1", b"2"], [b"ALLOW", b"x"], [b"UNKNOWN"], [b"a", b"b"]):
             await odd.send_multipart([identity, *frames])
-        await odd.send_multipart([identity, protocol.WELCOME, protocol.number_frame(1), protocol.number_frame(100)])
-        assert await odd.recv_multipart() == [identity, protocol.DATA, wire.encode(BatchRequest(version=1))]
-        assert await odd.recv_multipart() == [identity, protocol.CLOSE]
-        await odd.send_multipart([identity, protocol.GOODBYE])
-        await odd.send_multipart([identity, protocol.UNKNOWN])  # the answer to a heartbeat after that
+            await odd.send_multipart([identity, *said(*frames)])
+        await odd.send_multipart([identity, *welcome(1)])
+        assert await odd.recv_multipart() == [identity, *data(1, wire.encode(BatchRequest(version=1)))]
+        assert await odd.recv_multipart() == [identity, *said(protocol.CLOSE, protocol.number_frame(1))]
+        await odd.send_multipart([identity, *said(protocol.GOODBYE)])
+        await odd.send_multipart([identity, *said(protocol.UNKNOWN)])  # the answer to a heartbeat after that
         await sending
 
 
@@ -218,7 +231,7 @@ async def test_a_receiver_that_falls_silent_is_named_once(tmp_path: Path, messag
     async with raw_socket(zmq.ROUTER, endpoint) as silent, asyncio.TaskGroup() as tasks:
         sending = tasks.create_task(told_losses(endpoint, messages))
         identity, *_ = await silent.recv_multipart()
-        await silent.send_multipart([identity, protocol.WELCOME, protocol.number_frame(1), protocol.number_frame(100)])
+        await silent.send_multipart([identity, *welcome(1)])
         [loss] = await sending
     assert loss.startswith(f"selfplay at {endpoint}")
     assert "has not answered for 0.2" in loss
@@ -329,7 +342,7 @@ async def test_a_greeting_that_nobody_answered_is_repeated(tmp_path: Path) -> No
     async with raw_socket(zmq.ROUTER, endpoint) as forgetful, asyncio.TaskGroup() as tasks:
         joining = tasks.create_task(send_one(endpoint))
         for _ in range(3):
-            assert (await forgetful.recv_multipart())[1:] == [protocol.HELLO, b"learner"]
+            assert tuple((await forgetful.recv_multipart())[1:]) == said(protocol.HELLO, b"learner")
         joining.cancel()
 
 
@@ -338,11 +351,72 @@ async def test_a_sender_that_is_cancelled_while_it_joins_has_closed(tmp_path: Pa
     async with raw_socket(zmq.ROUTER, endpoint) as slow, asyncio.TaskGroup() as tasks:
         joining = tasks.create_task(send_one(endpoint))
         _, *greeting = await slow.recv_multipart()
-        assert greeting == [protocol.HELLO, b"learner"]
+        assert tuple(greeting) == said(protocol.HELLO, b"learner")
         joining.cancel()
         while greeting[0] == protocol.HELLO:
             _, *greeting = await slow.recv_multipart()
-        assert greeting == [protocol.CLOSE]
+        assert tuple(greeting) == said(protocol.CLOSE, protocol.number_frame(0))
+
+
+# ---------------------------------------------------------------- lost, repeated and damaged on the way
+
+
+async def test_a_message_that_comes_twice_is_taken_once(tmp_path: Path) -> None:
+    async with receiver_at(f"ipc://{tmp_path}/s") as receiver:
+        async with raw_socket(zmq.DEALER, receiver.endpoint) as sender:
+            await sender.send_multipart(said(protocol.HELLO, b"learner"))
+            for number in (1, 1, 2, 1, 2):
+                await sender.send_multipart(data(number, wire.encode(BatchRequest(version=number))))
+            await sender.send_multipart(said(protocol.CLOSE, protocol.number_frame(2)))
+            assert [message.version async for message in receiver] == [1, 2]
+        assert receiver.refused == 3
+
+
+@pytest.mark.parametrize("how", ["lost", "changed", "lost at the end"])
+async def test_where_a_message_is_missing_or_changed_both_ends_are_told(tmp_path: Path, how: str) -> None:
+    first, second, third = (data(n, wire.encode(BatchRequest(version=n))) for n in (1, 2, 3))
+    rest = {
+        "lost": [third],
+        "changed": [(*second[:2], wire.encode(BatchRequest(version=9)), second[3])],
+        "lost at the end": [said(protocol.BEAT, protocol.number_frame(2))],
+    }[how]
+    async with (
+        receiver_at(f"ipc://{tmp_path}/s") as receiver,
+        raw_socket(zmq.DEALER, receiver.endpoint) as sender,
+    ):
+        for frames in (said(protocol.HELLO, b"learner"), first, *rest):
+            await sender.send_multipart(frames)
+        assert (await anext(receiver)).version == 1
+        with pytest.raises(PeerVanished, match="message 2 from learner to here was lost or damaged"):
+            await anext(receiver)
+        answer = await sender.recv_multipart()
+        while answer[0] in (protocol.WELCOME, protocol.ALLOW):
+            answer = await sender.recv_multipart()
+        assert tuple(answer) == said(protocol.DAMAGED, protocol.number_frame(2))
+
+
+async def test_a_sender_that_hears_of_damage_says_so(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/s"
+    async with raw_socket(zmq.ROUTER, endpoint) as receiver, asyncio.TaskGroup() as tasks:
+        sending = tasks.create_task(told_losses(endpoint, 2))
+        identity, *_ = await receiver.recv_multipart()
+        await receiver.send_multipart([identity, *welcome(1)])
+        await receiver.send_multipart([identity, *said(protocol.DAMAGED, protocol.number_frame(1))])
+        await receiver.send_multipart([identity, *said(protocol.UNKNOWN)])  # to what was on its way already
+        loss, *_ = await sending
+    assert "message 1 from here to selfplay was lost or damaged" in loss
+
+
+async def test_a_farewell_that_was_lost_is_said_again(tmp_path: Path) -> None:
+    async with (
+        receiver_at(f"ipc://{tmp_path}/s") as receiver,
+        raw_socket(zmq.DEALER, receiver.endpoint) as sender,
+    ):
+        await sender.send_multipart(said(protocol.HELLO, b"learner"))
+        assert (await sender.recv_multipart())[0] == protocol.WELCOME
+        for _ in range(2):
+            await sender.send_multipart(said(protocol.CLOSE, protocol.number_frame(0)))
+            assert tuple(await sender.recv_multipart()) == said(protocol.GOODBYE)
 
 
 # ---------------------------------------------------------------- addresses

@@ -1,14 +1,17 @@
 """Checkpoints: loadable by Hugging Face, complete or absent, checked before they are used."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
+import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from azr_async.adapters import checkpoints
 from azr_async.errors import AzrError, CheckpointError
@@ -17,17 +20,22 @@ from tests.random_models import byte_tokenizer, random_model
 OPTIMIZER = {"model.norm.weight/step": torch.tensor(7.0), "model.norm.weight/exp_avg": torch.arange(5.0)}
 
 
-def save(root: Path, step: int, *, keep: int = 2, optimizer: dict[str, Tensor] | None = None, seed: int = 0) -> Path:
-    return checkpoints.save(
-        root,
-        step=step,
-        version=step,
-        model=random_model("qwen2-tied", seed),
-        tokenizer=byte_tokenizer(),
-        optimizer=OPTIMIZER if optimizer is None else optimizer,
-        keep=keep,
-        extra={"wall_seconds": 12.5},
-    )
+def save(
+    root: Path,
+    step: int,
+    *,
+    keep: int = 2,
+    optimizer: dict[str, Tensor] | None = None,
+    seed: int = 0,
+    model: PreTrainedModel | None = None,
+) -> Path:
+    model = model or random_model("qwen2-tied", seed)
+    content = content_of(model, step, OPTIMIZER if optimizer is None else optimizer)
+    return checkpoints.save(root, content, model=model, tokenizer=byte_tokenizer(), keep=keep)
+
+
+def content_of(model: PreTrainedModel, step: int, optimizer: dict[str, Tensor]) -> checkpoints.Content:
+    return checkpoints.copied(model, optimizer, step=step, version=step, extra={"wall_seconds": 12.5})
 
 
 def test_a_checkpoint_is_a_model_folder_of_hugging_face(tmp_path: Path) -> None:
@@ -92,6 +100,13 @@ def test_the_same_step_can_be_written_again(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
 
 
+def test_the_oldest_step_is_that_of_the_oldest_that_is_left(tmp_path: Path) -> None:
+    assert checkpoints.oldest_step(tmp_path / "missing") == 0
+    for step in (5, 10, 15):
+        save(tmp_path, step, keep=2)
+    assert checkpoints.oldest_step(tmp_path) == 10
+
+
 def test_there_is_no_newest_of_nothing(tmp_path: Path) -> None:
     assert checkpoints.newest(tmp_path / "missing") is None
 
@@ -134,6 +149,36 @@ def test_an_unfinished_checkpoint_of_a_killed_run_does_not_count(tmp_path: Path)
     assert checkpoints.newest(tmp_path) is None
     save(tmp_path, 3)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+
+def save_for_ever(root: Path, acknowledge: Connection) -> None:
+    model, optimizer = random_model("qwen2-tied", 0), {"big": torch.zeros(4_000_000)}
+    for step in range(1, 1000):
+        save(root, step, optimizer=optimizer, model=model)
+        acknowledge.send(step)
+
+
+@pytest.mark.parametrize("seen", ["config.json", "model.safetensors", "optimizer.safetensors", "manifest.json"])
+def test_a_writer_that_is_killed_leaves_the_last_one_whole(tmp_path: Path, seen: str) -> None:
+    """At once when this file of the third one appears: between two files, or before it gets its name."""
+    told, acknowledge = multiprocessing.Pipe(duplex=False)
+    writer = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(tmp_path, acknowledge))
+    writer.start()
+    try:
+        acknowledge.close()
+        assert [told.recv(), told.recv()] == [1, 2]
+        end = time.monotonic() + 30.0
+        while not (tmp_path / ".step-000003.writing" / seen).exists() and not told.poll():
+            assert time.monotonic() < end
+    finally:
+        writer.kill()
+        writer.join(20.0)
+    newest = checkpoints.newest(tmp_path)
+    assert newest is not None
+    assert newest.name in ("step-000002", "step-000003")  # the name may have been quicker than the signal
+    checkpoints.verify(newest)
+    save(tmp_path, 4, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
 
 
 def test_a_failure_in_the_middle_leaves_nothing_and_keeps_the_old_one(tmp_path: Path) -> None:

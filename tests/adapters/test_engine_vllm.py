@@ -94,7 +94,7 @@ class Served:
 
     def send(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> str:
         assert self.group is not None
-        return self.group.send(tensors, version=version, bucket_bytes=2**14)
+        return self.group.send(tensors, version=version, bucket_bytes=2**14).digest
 
     async def push(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """The next version, whatever is in it."""

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from azr_async.adapters.journal import SCHEMA_VERSION, SqliteJournal
-from azr_async.algorithm.ledger import Changes, Entry, Ledger, SampleId, rolled_back, samples_of
+from azr_async.algorithm.ledger import Changes, Entry, Ledger, SampleId, rolled_back, samples_of, summed
 from azr_async.algorithm.library import KnownTask, TaskUse
 from azr_async.algorithm.values import encode
 from azr_async.errors import CheckpointError, TrainingError
@@ -116,17 +116,6 @@ async def test_a_task_knows_its_parents_and_its_use(tmp_path: Path) -> None:
     assert rows == [(-1, "[]", 0, 0, 0, None, None), (4, "[1]", 3, 8, 5, 0.375, 7)]
 
 
-async def test_a_resumed_run_forgets_what_was_found_under_newer_weights(tmp_path: Path) -> None:
-    tasks = [replace(TASK, program=f"def f(x):\n    return x + {version}") for version in range(5)]
-    with SqliteJournal(tmp_path / "journal.sqlite") as journal:
-        for version, task in enumerate(tasks):
-            await journal.add(task, version=version)
-        journal.forget_after(2)
-        assert journal.problems() == tasks[:3]
-    with SqliteJournal(tmp_path / "journal.sqlite") as journal:
-        assert journal.problems() == tasks[:3]
-
-
 async def test_the_ledger_is_on_the_disk_after_a_flush(tmp_path: Path) -> None:
     ledger, (proposer, *solvers) = Ledger(), samples_of(group(5, 2))
     with SqliteJournal(tmp_path / "journal.sqlite") as journal:
@@ -161,7 +150,7 @@ def test_closing_writes_what_nobody_waited_for(tmp_path: Path) -> None:
 @given(entries=ENTRIES, version=st.integers(0, 6))
 def test_the_journal_rolls_back_as_the_ledger_says(entries: dict[SampleId, Entry], version: int) -> None:
     with SqliteJournal(Path(":memory:")) as journal:
-        journal.record(Changes(samples=entries))
+        journal.record(Changes(groups=[group(number) for number in range(10)], samples=entries))
         journal.roll_back(version)
         assert journal.samples() == rolled_back(entries, version)
 
@@ -181,7 +170,7 @@ def test_a_group_that_is_in_the_weights_in_part_is_not_started_anew() -> None:
 
 async def test_a_sample_that_is_closed_is_never_written_again_nor_anything_after_it() -> None:
     journal = SqliteJournal(Path(":memory:"))
-    closed = Changes(samples={SampleId(1, "solve", 0): Entry(version=0, stage="trained", step=1)})
+    closed = Changes(groups=[group(1)], samples={SampleId(1, "solve", 0): Entry(version=0, stage="trained", step=1)})
     journal.record(closed)
     journal.record(closed)
     for _ in range(2):
@@ -189,6 +178,105 @@ async def test_a_sample_that_is_closed_is_never_written_again_nor_anything_after
             await journal.add(TASK, version=1)
     with pytest.raises(TrainingError, match="trained or dropped before"):
         journal.close()
+
+
+def a_ledger(closed_steps: list[int | None]) -> tuple[list[Admission], dict[SampleId, Entry]]:
+    """One group per entry, of two kinds in turn: all of its samples were trained in this step; None: it is open."""
+    groups = [
+        replace(group(number, max(0, (step or 99) - 2)), is_proposal=number % 2 == 0)
+        for number, step in enumerate(closed_steps)
+    ]
+    entries = {
+        sample: Entry(version=one.version, stage="trained" if step else "judged", step=step)
+        for one, step in zip(groups, closed_steps, strict=True)
+        for sample in samples_of(one)
+    }
+    return groups, entries
+
+
+STEPS = st.lists(st.one_of(st.none(), st.integers(1, 6)), max_size=12)
+
+
+@settings(max_examples=40)
+@given(steps=STEPS, up_to=st.integers(0, 6), later=st.integers(0, 2))
+def test_what_is_summed_up_still_adds_up_and_can_be_rolled_back(
+    steps: list[int | None], up_to: int, later: int
+) -> None:
+    groups, entries = a_ledger(sorted(steps, key=lambda step: step or 99))  # as versions go
+    with SqliteJournal(Path(":memory:")) as journal:
+        journal.record(Changes(groups=groups, samples=entries))
+        newest, before = journal.newest_groups(), journal.sums()
+        journal.sum_up(up_to)
+        finish(journal)
+        assert journal.sums() == before == summed(entries)
+        assert journal.newest_groups() == newest
+        left = {sample: entry for sample, entry in entries.items() if entry.step is None or entry.step > up_to}
+        assert journal.samples() == left
+        journal.roll_back(up_to + later)
+        assert journal.samples() == rolled_back(left, up_to + later)
+
+
+def finish(journal: SqliteJournal) -> None:
+    """Wait until nothing is left to be summed up: each part asks for the next one."""
+    left = None
+    while (samples := journal.samples().keys()) != left:
+        left = samples
+
+
+def test_groups_behind_one_that_is_open_wait_for_it() -> None:
+    groups, entries = a_ledger([1, 1, None, 1, 1, 1])
+    with SqliteJournal(Path(":memory:")) as journal:
+        journal.record(Changes(groups=groups, samples=entries))
+        journal.sum_up(3)
+        finish(journal)
+        assert {sample.group_id for sample in journal.samples()} == {2, 4}
+        journal.record(
+            Changes(samples={sample: Entry(version=0, stage="dropped", step=2) for sample in samples_of(groups[2])})
+        )
+        journal.sum_up(3)
+        finish(journal)
+        assert journal.samples() == {}
+        assert journal.sums() == {(1, "trained", ""): 12, (2, "dropped", ""): 3}
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_a_sample_that_was_summed_up_is_never_written_again(is_known: bool) -> None:
+    (one,), entries = a_ledger([1])
+    journal = SqliteJournal(Path(":memory:"))
+    journal.record(Changes(groups=[one], samples=entries))
+    journal.sum_up(1)
+    finish(journal)
+    journal.record(Changes(groups=[one] * is_known, samples=dict.fromkeys(samples_of(one), Entry(version=7))))
+    with pytest.raises(TrainingError, match="trained or dropped before"):
+        await journal.flush()
+    with pytest.raises(TrainingError):
+        journal.close()
+
+
+def test_no_run_goes_on_from_before_what_was_summed_up() -> None:
+    groups, entries = a_ledger([1, 2, 3])
+    with SqliteJournal(Path(":memory:")) as journal:
+        journal.record(Changes(groups=groups, samples=entries))
+        journal.sum_up(2)
+        finish(journal)
+        with pytest.raises(CheckpointError, match=r"up to step 2.*from step 1\. Resume from a newer checkpoint"):
+            journal.roll_back(1)
+        journal.roll_back(2)
+
+
+def test_the_file_stops_growing_when_old_steps_are_summed_up(tmp_path: Path) -> None:
+    path, sizes = tmp_path / "journal.sqlite", []
+    with SqliteJournal(path) as journal:
+        for step in range(1, 241):
+            groups = [group(number, step - 1) for number in range(100 * step, 100 * step + 100)]
+            closed = Entry(version=step - 1, stage="trained", reward=0.5, step=step)
+            journal.record(Changes(groups=groups, samples={s: closed for one in groups for s in samples_of(one)}))
+            if step % 40 == 0:
+                journal.sum_up(step - 40)
+                finish(journal)
+                sizes.append(path.stat().st_size)
+        assert sum(journal.sums().values()) == 240 * 300
+    assert sizes[-1] < 1.2 * sizes[2]
 
 
 async def test_it_is_readable_with_any_sqlite_tool(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ async def test_parse_bombs_are_refused_before_they_are_compiled() -> None:
     async with sandbox() as pool:
         started = time.process_time()
         async with asyncio.TaskGroup() as group:
-            bombs = [group.create_task(pool.run(bomb * 40 + f"# {number}", ["1"])) for number in range(20)]
+            bombs = [group.create_task(pool.run(bomb * 40 + f"# {number}", ["1"])) for number in range(4)]
             others = [group.create_task(pool.run(f"def f(x): return {number}", ["1"])) for number in range(20)]
         assert {task.result()[0].status for task in bombs} == {"rejected"}
         assert "finally" in bombs[0].result()[0].error

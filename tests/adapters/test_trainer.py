@@ -389,3 +389,28 @@ def test_an_entropy_bonus_raises_the_entropy() -> None:
     batches = [replace(b, rollouts=tuple(replace(r, reward=0.0) for r in b.rollouts)) for b in batches]
     _, reports = trained(settings(learner={"entropy_weight": 1.0, "learning_rate": 1e-2}, flow={"max_lag": 0}), batches)
     assert reports[-1].entropy > reports[0].entropy
+
+
+def test_dropout_stays_out_when_layers_are_computed_again() -> None:
+    batches = [random_batch(0)]
+    plain, _ = trained(settings(), batches)
+    config = settings(learner={"gradient_checkpointing": True})
+    model = random_model("qwen2-tied")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    trainer = Trainer(model, config, connect_ranks(config))
+    trainer.train(batches[0])
+    assert all(torch.equal(weight, plain[name]) for name, weight in trainer.named_weights())
+
+
+def test_a_model_that_cannot_compute_its_layers_again_is_refused() -> None:
+    config = settings(learner={"gradient_checkpointing": True})
+    model = random_model("qwen2-tied")
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(TrainingError, match="gradient_checkpointing to false"):
+        Trainer(model, config, connect_ranks(config))
+
+
+def test_samples_that_weigh_nothing_are_not_computed_for_their_entropy_either() -> None:
+    config = settings(learner={"propose_weight": 0.0, "entropy_weight": 0.01})
+    assert trainer_of(config).train(random_batch(0)).computed_samples == 12

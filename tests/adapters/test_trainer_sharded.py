@@ -13,7 +13,7 @@ from azr_async.adapters.channels import wire
 from azr_async.adapters.models import load_model
 from azr_async.adapters.trainer import Crew, Trainer, connect_ranks, loading_device
 from azr_async.config import Config
-from tests.adapters import sharded_rank
+from tests.adapters import bfloat16_rank, sharded_rank
 from tests.adapters.rank_processes import run_ranks
 from tests.adapters.sharded_rank import CANARIES, LEARNERS, SAVED_STEP, STEPS, config_of
 from tests.random_models import random_model, save_random_model
@@ -45,13 +45,12 @@ def assert_same(
         torch.testing.assert_close(sharded[name], weight, rtol=1e-3, atol=5e-5)
 
 
-@pytest.mark.parametrize("count", [2])
-def test_sharded_ranks_do_what_one_does_and_resume_each_other(tmp_path: Path, count: int) -> None:
+def test_two_sharded_ranks_do_what_one_does_and_resume_each_other(tmp_path: Path) -> None:
     expected = {}
     for seed, kind in enumerate(LEARNERS):
         save_random_model(tmp_path / kind, kind, seed)
         expected[kind] = on_one_rank(kind, tmp_path / kind, first=0, root=tmp_path / f"{kind}-one")
-    run_ranks("tests.adapters.sharded_rank", tmp_path, count)
+    run_ranks("tests.adapters.sharded_rank", tmp_path, 2)
     for kind in LEARNERS:
         reports, weights, scores = expected[kind]
         assert_same(tmp_path / f"{kind}-whole", reports, weights, scores)
@@ -65,8 +64,30 @@ def test_sharded_ranks_do_what_one_does_and_resume_each_other(tmp_path: Path, co
         assert_same(tmp_path / f"{kind}-resumed", *again)
 
 
+def test_four_sharded_ranks_do_what_one_does(tmp_path: Path) -> None:
+    for kind in ("qwen2-tied", "llama-untied"):
+        save_random_model(tmp_path / kind, kind)
+    run_ranks("tests.adapters.sharded_rank", tmp_path, 4)
+    for kind in ("qwen2-tied", "llama-untied"):
+        assert_same(tmp_path / f"{kind}-whole", *on_one_rank(kind, tmp_path / kind, first=0, root=tmp_path / "unused"))
+
+
+def test_in_bfloat16_ranks_compute_in_it_but_keep_weights_and_sum_gradients_in_float32(tmp_path: Path) -> None:
+    run_ranks("tests.adapters.bfloat16_rank", tmp_path, 2)
+    sharded = json.loads((tmp_path / "full.json").read_text())
+    copied = json.loads((tmp_path / "none.json").read_text())
+    precise = Config.model_validate(bfloat16_rank.SETTINGS | {"model": {"precision": "float32"}})
+    expected = bfloat16_rank.trained(precise, connect_ranks(precise))
+    for rounded in (sharded, copied):
+        for name in ("losses", "grad_norms"):
+            assert rounded[name] == pytest.approx(expected[name], rel=0.05, abs=0.02)
+            assert rounded[name] != expected[name]  # it is not float32 after all
+        # Steps far below what bfloat16 can hold of a weight add up all the same.
+        assert rounded["moved"] == pytest.approx(expected["moved"], rel=0.3)
+
+
 def test_a_rank_alone_has_all_of_the_weights() -> None:
-    config = Config.model_validate({"learner": {"sharding": "full"}})
+    config = Config()
     accelerator = connect_ranks(config)
     trainer = Trainer(random_model("qwen2-tied"), config, accelerator)
     assert not trainer.is_sharded

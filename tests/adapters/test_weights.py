@@ -7,6 +7,7 @@ import socket
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import count
 from multiprocessing import get_context
@@ -138,6 +139,20 @@ def dying_receiver(pipe: Connection, port: int, rank: int, world_size: int, how:
     a_group(connect_store("127.0.0.1", port, deadline_seconds), rank, world_size, deadline_seconds).receive(install)
 
 
+def failing_sender(pipe: Connection, how: int) -> None:
+    """Hosts the store as the learner does; gets a signal in the middle of a push."""
+
+    def streamed() -> Iterator[tuple[str, Tensor]]:
+        for n in range(2000):
+            if n == 1000:
+                os.kill(os.getpid(), how)
+            yield f"layer {n}", torch.full((1000,), float(n))
+
+    store = host_store("127.0.0.1", 0)
+    pipe.send(store.port)
+    a_group(store, 0, 2).send(streamed(), version=1, bucket_bytes=BUCKET_BYTES)
+
+
 def full_receiver(pipe: Connection, port: int, rank: int, world_size: int) -> None:
     """Has no room for what arrives, and waits to be ended."""
 
@@ -149,6 +164,15 @@ def full_receiver(pipe: Connection, port: int, rank: int, world_size: int) -> No
     except RuntimeError as problem:
         pipe.send(f"{type(problem).__name__}: {problem}")
     pipe.poll(30.0)
+
+
+def late_receiver(pipe: Connection, port: int) -> None:
+    """Takes part only when it is told to."""
+    group = a_group(connect_store("127.0.0.1", port, 20.0), 1, 2)
+    pipe.send("joined")
+    pipe.recv()
+    pipe.send(group.receive(list))
+    group.close()
 
 
 @contextmanager
@@ -189,7 +213,7 @@ def test_all_ranks_get_what_was_sent_under_the_senders_digest() -> None:
         digests = []
         for version in (7, 8):
             weights = some_weights(version)
-            digests.append(group.send(weights.items(), version=version, bucket_bytes=BUCKET_BYTES))
+            digests.append(group.send(weights.items(), version=version, bucket_bytes=BUCKET_BYTES).digest)
             expected = summed(weights)
             assert answer(first) == (version, digests[-1], expected)
             assert answer(second) == (version, digests[-1], expected)
@@ -252,6 +276,40 @@ def test_receivers_do_not_hang_when_another_rank_dies() -> None:
             group.send(many, version=5, bucket_bytes=BUCKET_BYTES)
         assert error.value.ranks == (1,)
         assert "stopped answering" in str(answer(other))
+        group.close()
+
+
+def test_a_rank_that_comes_late_but_in_time_is_waited_for() -> None:
+    store = host_store("127.0.0.1", 0)
+    with process(late_receiver, store.port) as late, ThreadPoolExecutor(1) as sending:
+        group = a_group(store, 0, 2)
+        answer(late)
+        sent = sending.submit(group.send, some_weights(1).items(), version=4, bucket_bytes=BUCKET_BYTES)
+        with pytest.raises(TimeoutError):
+            sent.result(timeout=1.5)  # longer than the sender waits at a time
+        late.send("take part")
+        assert answer(late) == (4, sent.result(timeout=20.0).digest)
+        group.close()
+
+
+def test_a_receiver_whose_sender_dies_on_the_way_says_so_within_the_deadline() -> None:
+    with process(failing_sender, int(signal.SIGKILL)) as sender:
+        group = a_group(connect_store("127.0.0.1", int(str(answer(sender))), 20.0), 1, 2, deadline_seconds=3.0)
+        began_seconds = time.perf_counter()
+        with pytest.raises(RanksLost, match=r"version 1, then rank 0 \(the learner\) .* stopped answering"):
+            group.receive(list)
+        assert time.perf_counter() - began_seconds < 3.0 + 3.0
+        group.close()
+
+
+def test_the_sender_knows_how_much_it_sent_and_how_long_it_took() -> None:
+    store = host_store("127.0.0.1", 0)
+    with process(receiver, store.port, 1, 2, 1, 20.0) as only:
+        group = a_group(store, 0, 2)
+        sent = group.send(some_weights(1).items(), version=1, bucket_bytes=BUCKET_BYTES)
+        assert answer(only) == (1, sent.digest, summed(some_weights(1)))
+        assert sent.seconds > 0
+        assert sent.size_bytes >= sum(tensor.nbytes for tensor in some_weights(1).values())
         group.close()
 
 
@@ -329,7 +387,7 @@ def test_a_new_group_on_the_same_store_replaces_a_lost_one() -> None:
         a_group(store, 0, 2, deadline_seconds=0.2, group=0)
     with process(receiver, store.port, 1, 2, 1, 20.0) as only:
         group = a_group(store, 0, 2)
-        digest = group.send(some_weights(1).items(), version=1, bucket_bytes=BUCKET_BYTES)
+        digest = group.send(some_weights(1).items(), version=1, bucket_bytes=BUCKET_BYTES).digest
         version, received_digest, _ = answer(only)  # type: ignore[misc]
         assert (version, received_digest) == (1, digest)
         group.close()

@@ -22,9 +22,9 @@ from tests.rollout_batches import random_batch
 
 STEPS = 4
 LEARNERS = (
-    {},
-    {"minibatches": 2, "proximal": "recomputed"},
-    {"microbatch_tokens": 60, "cell_weights": "equal", "entropy_weight": 0.01},
+    {"sharding": "none"},
+    {"sharding": "none", "minibatches": 2, "proximal": "recomputed"},
+    {"sharding": "none", "microbatch_tokens": 60, "cell_weights": "equal", "entropy_weight": 0.01},
 )
 
 

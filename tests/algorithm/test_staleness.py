@@ -65,6 +65,9 @@ class FlowMachine(RuleBasedStateMachine):
         self.requested = 0
         self.consumed_ids: set[int] = set()
         self.dropped = 0
+        self.bounds: dict[int, int] = {}
+        """By group: the bound at its admission."""
+        self.widest = max_lag
 
     @rule(times=st.integers(1, 12))
     def admit(self, times: int) -> None:
@@ -72,6 +75,7 @@ class FlowMachine(RuleBasedStateMachine):
             admission = self.flow.admit(self.tasks)
             if admission is not None:
                 self.open.append((admission, self.flow.version))
+                self.bounds[admission.group_id] = self.flow.max_lag
 
     def _finish(self, index: int, *, delay: int, valid: bool) -> None:
         admission, admitted = self.open.pop(index % len(self.open))
@@ -89,6 +93,15 @@ class FlowMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 1000), delay=st.integers(0, 3), valid=st.booleans())
     def finish(self, index: int, delay: int, valid: bool) -> None:
         self._finish(index, delay=delay, valid=valid)
+
+    @precondition(lambda self: self.open)
+    @rule(index=st.integers(0, 1000))
+    def refuse_untrained(self, index: int) -> None:
+        """A held-out program was proposed, say: no sample at all comes of the group."""
+        admission, _ = self.open.pop(index % len(self.open))
+        if admission.is_proposal:
+            self.flow.release(admission.group_id, ("propose", admission.task))
+        self.flow.release(admission.group_id, ("solve", admission.task))
 
     @precondition(lambda self: self.open)
     @rule(share=st.floats(0, 1))
@@ -115,7 +128,7 @@ class FlowMachine(RuleBasedStateMachine):
         batch = self.flow.compose(self.requested, self.tasks)
         if batch is None:
             return
-        assert all(0 <= lag_of(sample, self.requested) <= self.flow.max_lag for sample in batch)
+        assert all(0 <= lag_of(sample, self.requested) <= self.bounds[sample.group_id] for sample in batch)
         ids = {sample.rollout_id for sample in batch}
         assert len(ids) == len(batch) == len(self.tasks) * (self.propose + self.solve)
         assert not ids & self.consumed_ids
@@ -131,13 +144,13 @@ class FlowMachine(RuleBasedStateMachine):
     def no_window_is_exceeded(self) -> None:
         if hasattr(self, "flow"):
             for (role, _), (flying, ready) in self.flow.alive().items():
-                assert flying + ready <= (self.flow.max_lag + 1) * (self.propose if role == "propose" else self.solve)
+                assert flying + ready <= (self.widest + 1) * (self.propose if role == "propose" else self.solve)
 
     def teardown(self) -> None:
         """Whatever happened before, the run goes on: everything admitted finishes, and batches can be composed."""
         if not hasattr(self, "flow"):
             return
-        for _ in range(self.flow.max_lag + 2):
+        for _ in range(self.widest + self.flow.max_lag + 2):
             while self.flow.version < self.requested:
                 self.flow.installed(self.flow.version + 1)
             for _ in range(100):
@@ -170,12 +183,47 @@ class DroppingFlow(FlowMachine):
     late = "drop"
 
 
+class ChangingFlow(WaitingFlow):
+    """The bound is raised and lowered at any moment: nothing admitted becomes illegal, nothing is dropped or stuck."""
+
+    @rule(max_lag=st.integers(0, 5))
+    def change_the_bound(self, max_lag: int) -> None:
+        self.flow.max_lag = max_lag
+        self.widest = max(self.widest, max_lag)
+
+
+class ChangingFlowOfOneCellPair(ChangingFlow):
+    propose, solve = 1, 1
+    tasks = ("deduction",)
+
+
+class ChangingFlowThatIsFilledFromTheLibrary(ChangingFlow):
+    """The solver's window is much larger than what the proposals fill."""
+
+    propose, solve = 2, 9
+    tasks = ("deduction",)
+
+
+class ChangingDroppingFlow(DroppingFlow, ChangingFlow):
+    @invariant()
+    def nothing_is_dropped(self) -> None:
+        """It may be, here."""
+
+
 TestWaitingFlow = WaitingFlow.TestCase
 TestWaitingFlow.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 TestWaitingFlowOfOneCellPair = WaitingFlowOfOneCellPair.TestCase
 TestWaitingFlowOfOneCellPair.settings = settings(max_examples=400, stateful_step_count=50, deadline=None)
 TestDroppingFlow = DroppingFlow.TestCase
 TestDroppingFlow.settings = settings(max_examples=50, stateful_step_count=50, deadline=None)
+TestChangingFlow = ChangingFlow.TestCase
+TestChangingFlow.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TestChangingFlowOfOneCellPair = ChangingFlowOfOneCellPair.TestCase
+TestChangingFlowOfOneCellPair.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestChangingFlowThatIsFilledFromTheLibrary = ChangingFlowThatIsFilledFromTheLibrary.TestCase
+TestChangingFlowThatIsFilledFromTheLibrary.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestChangingDroppingFlow = ChangingDroppingFlow.TestCase
+TestChangingDroppingFlow.settings = settings(max_examples=50, stateful_step_count=50, deadline=None)
 
 
 def test_young_samples_do_not_overtake_so_many_old_ones_that_a_later_batch_cannot_hold_them() -> None:
@@ -209,6 +257,43 @@ def test_young_samples_do_not_overtake_so_many_old_ones_that_a_later_batch_canno
     finish(1, 0)
     assert groups_of(window.compose(2, ())) == {1}
     assert window.sweep(3) == []
+
+
+def test_a_lowered_bound_holds_for_what_is_admitted_from_then_on() -> None:
+    """max_lag 2 with three batches under way: they are trained within 2, and the next one is admitted after them."""
+    window = flow(2, propose=1, solve=1, attempts=1, tasks=("deduction",))
+
+    def admit() -> list[Admission]:
+        return [admission for _ in range(9) if (admission := window.admit(())) is not None]
+
+    groups = admit()
+    assert len(groups) == 3
+    window.max_lag = 0
+    for group in groups:
+        window.complete(rollout(group.group_id, "propose", "deduction", 0))
+        window.complete(rollout(group.group_id, "solve", "deduction", 0))
+    for version in range(3):
+        assert admit() == []
+        assert window.sweep(version) == []
+        batch = window.compose(version, ())
+        assert batch is not None
+        assert {lag_of(sample, version) for sample in batch} == {version}
+        window.installed(version + 1)
+    assert len(admit()) == 1
+
+
+def test_a_lowered_bound_leaves_a_way_for_proposals_where_old_attempts_fill_the_window() -> None:
+    """Three of four proposals are refused at the moment in which the bound falls; one batch needs two of them."""
+    window = flow(1, propose=2, solve=6, attempts=2, tasks=("deduction",))
+    groups = [admission for _ in range(99) if (admission := window.admit(("deduction",))) is not None]
+    assert sum(group.is_proposal for group in groups) == 4
+    window.max_lag = 0
+    for group in [group for group in groups if group.is_proposal][:3]:
+        window.release(group.group_id, ("propose", "deduction"))
+        window.release(group.group_id, ("solve", "deduction"))
+    again = window.admit(("deduction",))
+    assert again is not None
+    assert (again.is_proposal, again.trained_attempts) == (True, 0)
 
 
 def test_with_max_lag_0_a_second_batch_is_admitted_only_after_the_weights_of_the_first_arrived() -> None:

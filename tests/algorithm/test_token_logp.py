@@ -113,3 +113,14 @@ def test_no_tensor_is_larger_than_a_block() -> None:
     with Largest() as seen:
         inputs.results(20 * vocabulary, with_entropy=True, scale=1.0, cap=5.0)
     assert seen.elements <= 20 * vocabulary
+
+
+@pytest.mark.parametrize("most_logits", [EVERYTHING, 100])
+def test_no_temperature_is_a_temperature_of_one(most_logits: int) -> None:
+    inputs = Inputs(0, 20, 30, dtype=torch.float32)
+    head = Head(weight_VH=inputs.weight_VH)
+    given, left_out = (
+        chosen_logp(inputs.hidden_NH, head, inputs.target_N, temperature_N, with_entropy=True, most_logits=most_logits)
+        for temperature_N in (torch.ones(20), None)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(given, left_out, strict=True))

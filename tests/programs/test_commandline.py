@@ -18,7 +18,7 @@ from azr_async.__main__ import main as tools_main
 from azr_async.config import Config
 from azr_async.errors import AzrError, ConfigError
 from azr_async.programs.commandline import SHORT_NAMES, load, main, parse
-from azr_async.programs.preflight import check
+from azr_async.programs.preflight import Resumed, check
 from azr_async.programs.settings_help import setting_names
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +89,7 @@ def test_every_problem_is_told_at_once_each_at_its_place(preset: Path) -> None:
         "  learner.clip_hgih is not a setting. Did you mean learner.clip_high?",
         "command line: 3 settings need attention",
         "  --seed = -1: needs a whole number, 0 or more (default 1).",
-        "  --max-lag = x: needs a whole number, 0 or more (default 2).",
+        "  --max-lag = x: needs a whole number, 0 or more or auto (default 2).",
         "  solve: trained_attempts = 9 but only 8 attempts are sampled. Lower trained_attempts to 8 or raise attempts.",
     ]
 
@@ -242,6 +242,11 @@ def test_resuming_from_nothing_is_told(tmp_path: Path) -> None:
         check(Config(), output=None, resume=tmp_path)
     with pytest.raises(AzrError, match="no checkpoint or run folder"):
         check(Config(), output=None, resume=tmp_path / "checkpoints" / "step-000020")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_anew_with_its_tasks(tmp_path: Path) -> None:
+    (tmp_path / "journal.sqlite").touch()
+    assert check(Config(), output=None, resume=tmp_path) == Resumed(checkpoint=None, step=-1, run_dir=tmp_path)
 
 
 def test_a_damaged_checkpoint_is_told_before_anything_starts(

@@ -29,7 +29,7 @@ def official(**changes: object) -> Config:
     split=some.sampled_from([(1, 1), (2, 2), (4, 4), (6, 2), (2, 6)]),
     gpu_gb=some.sampled_from([24, 48, 80, 141]),
     kind=some.sampled_from(["transformers", "vllm"]),
-    sharding=some.sampled_from(["auto", "none", "full"]),
+    sharding=some.sampled_from(["none", "full"]),
     is_checkpointed=some.booleans(),
     microbatch_tokens=some.sampled_from([4096, 16_384, 65_536]),
     slots=some.sampled_from([1, 56, 512]),

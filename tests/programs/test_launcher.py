@@ -16,7 +16,7 @@ import pytest
 
 from azr_async.config import Config, WiresConfig
 from azr_async.programs.folders import WIRES_PREFIX, claimed_run_dir, private_wires_dir
-from azr_async.programs.launcher import program_specs
+from azr_async.programs.launcher import Crew
 from azr_async.programs.supervision import back_off
 
 ROOT = Path(__file__).parents[2]
@@ -281,10 +281,40 @@ def test_a_run_that_is_stopped_does_not_wait_for_a_worker_that_rests(start: Call
     }
     run = start(bodies, max_restarts=9)
     run.wait_until_working()
+    wait_until(lambda: not is_alive(int((run.run_dir / "inference-0.pid").read_text())))
     run.process.send_signal(signal.SIGINT)
     status, _, err = run.end()
     assert (status, err) == (130, "")
     assert_nothing_is_left(run)
+
+
+def test_a_program_that_says_nothing_more_is_killed_and_named(start: Callable[..., Run]) -> None:
+    hang = "await asyncio.sleep(0.5)\nos.kill(os.getpid(), signal.SIGSTOP)"
+    run = start({"learner-0": hang, "selfplay": UNTIL_TOLD}, heartbeat_seconds=0.2, peer_timeout_seconds=3.0)
+    status, _, err = run.end()
+    assert status == 1
+    assert "learner-0 had not answered for wires.peer_timeout_seconds, so it was killed." in err
+    assert_nothing_is_left(run)
+
+
+REPORT_UNTIL_GO = """
+while not (run_dir / "go").exists():
+    reporter.report("waiting")
+    await asyncio.sleep(0.05)
+await asyncio.sleep(4.5)
+"""
+
+
+def test_a_launcher_that_was_stopped_for_a_while_hears_of_its_programs_again(start: Callable[..., Run]) -> None:
+    bodies = {"learner-0": REPORT_UNTIL_GO + LEARN, "selfplay": UNTIL_LEARNER_ENDED}
+    run = start(bodies, heartbeat_seconds=0.2, peer_timeout_seconds=3.0)
+    run.wait_until_working()
+    run.process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: "launcher at" in (run.run_dir / "logs" / "learner-0.log").read_text())
+    run.process.send_signal(signal.SIGCONT)
+    (run.run_dir / "go").touch()
+    status, _, err = run.end()
+    assert (status, err) == (0, "")
 
 
 def test_the_rest_before_a_restart_grows_up_to_a_minute() -> None:
@@ -408,12 +438,11 @@ def test_a_run_that_branches_off_takes_its_history_along(tmp_path: Path) -> None
 
 
 def test_every_process_carries_the_run_directory_in_its_command_line(tmp_path: Path) -> None:
-    specs = program_specs(
-        Config(wires=WiresConfig()), run_dir=tmp_path, wires_dir=tmp_path / "w", checkpoint=None, env={}
-    )
+    crew = Crew(Config(wires=WiresConfig()), run_dir=tmp_path, wires_dir=tmp_path / "w", checkpoint=None, env={})
+    specs = crew.specs()
     assert [spec.name for spec in specs] == ["inference-0", "selfplay", "learner-0"]
     assert all(str(tmp_path) in spec.argv for spec in specs)
-    assert [spec.max_restarts for spec in specs] == [3, 0, 0]
+    assert [spec.max_restarts for spec in specs] == [3, 3, 0]
 
 
 def assert_nothing_is_left(run: Run) -> None:

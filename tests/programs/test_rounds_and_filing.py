@@ -99,7 +99,7 @@ def rollout(group_id: int) -> Rollout:
 
 def filing(library: Library) -> tuple[Filing, Flow]:
     flow = Flow(max_lag=1, propose_samples=1, solve_samples=1, trained_attempts=1, tasks=TASKS)
-    made = Filing(flow, library, Ledger(), tasks=TASKS, usage=dict, gauges=dict, widths={}, on_change=lambda: None)
+    made = Filing(flow, library, Ledger(), tasks=TASKS, usage=dict, gauges=dict, widths=dict, on_change=lambda: None)
     return made, flow
 
 

@@ -26,8 +26,19 @@ async def test_a_resumed_run_does_not_know_what_was_found_after_its_checkpoint(t
         for version in range(4):
             await journal.add(adding(version), version=version)
         assert await programs(journal, version=2) == {adding(number).program for number in range(3)}
-        await journal.add(adding(9), version=3)  # found by the resumed run
-        assert journal.problems() == [adding(0), adding(1), adding(2), adding(9)]
+        assert journal.problems() == [adding(number) for number in range(4)]  # but none is lost
+
+
+async def test_what_was_found_later_is_known_again_in_its_time(tmp_path: Path) -> None:
+    with SqliteJournal(tmp_path / "journal.sqlite") as journal:
+        for version in range(4):
+            await journal.add(adding(version), version=version)
+        library = await restored_library(Config(), journal, (), version=0)
+        known = []
+        for version in range(1, 5):
+            library.settle(version)
+            known.append(library.sizes()["deduction"] - 1)
+    assert known == [1, 2, 3, 4]
 
 
 async def test_seeds_are_written_down_once(tmp_path: Path) -> None:

@@ -165,9 +165,13 @@ def test_after_an_interruption_the_way_to_go_on_is_told(tmp_path: Path) -> None:
 
 
 def test_a_signal_is_told_by_its_name() -> None:
-    assert how_it_ended(-signal.SIGSEGV) == "was killed by SIGSEGV."
-    assert "memory" in how_it_ended(-signal.SIGKILL)
-    assert how_it_ended(3) == "ended with exit status 3."
+    segv, kill, three = (
+        Ended(name="selfplay", status=status, at_seconds=0.0, was_told=False)
+        for status in (-signal.SIGSEGV, -signal.SIGKILL, 3)
+    )
+    assert how_it_ended(segv) == "was killed by SIGSEGV."
+    assert "memory" in how_it_ended(kill)
+    assert how_it_ended(three) == "ended with exit status 3."
 
 
 def test_a_failure_without_words_shows_the_end_of_the_log(tmp_path: Path) -> None:

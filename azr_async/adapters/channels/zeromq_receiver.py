@@ -42,8 +42,9 @@ def zmq_receiver(
         name: what errors call the channel.
         capacity: unread messages that each sender may have under way.
         expected_senders: iteration ends when this many (None: one) have closed and none is open. One that vanished
-            has not closed: another takes its place.
-        join_seconds: longest time with fewer senders than expected; then `PeerVanished`. None: no deadline.
+            has not closed: another takes its place, as does one of the same name. 0: they come and go, it never ends.
+        join_seconds: longest time with fewer senders than expected, or none at all; then `PeerVanished`. None: no
+            deadline.
         heartbeat_seconds: how often both ends say that they are alive.
         peer_timeout_seconds: silence after which a sender counts as vanished.
         limit_bytes: larger messages are refused.

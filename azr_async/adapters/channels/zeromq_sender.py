@@ -74,7 +74,7 @@ class ZmqSender(Generic[M]):
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
         self._sent = self._allowed = self._limit_bytes = 0
-        self._is_welcome = self._is_flushed = self._is_told = False
+        self._is_welcome = self._is_closing = self._is_flushed = self._is_told = False
         self._silent_beats = 0
         self._end: ChannelClosed | PeerVanished | None = ChannelClosed(
             f"the channel to {peer} is not open. Send inside its `async with`."
@@ -101,7 +101,7 @@ class ZmqSender(Generic[M]):
                     f"{self._peer} takes. Raise wires.message_mb, or lower flow.solve_samples if it is a batch."
                 )
             self._sent += 1
-            post(self._socket, protocol.DATA, payload)
+            self._say(protocol.DATA, protocol.number_frame(self._sent), payload)
 
     async def ended(self) -> ChannelClosed | PeerVanished:
         """Wait until nothing can be sent any more; the error that `send` would raise."""
@@ -131,7 +131,7 @@ class ZmqSender(Generic[M]):
         await self._life.__aexit__(*exc_info)  # type: ignore[arg-type]
 
     async def _join(self) -> None:
-        post(self._socket, protocol.HELLO, self._name.encode())
+        self._say(protocol.HELLO, self._name.encode())
         try:
             async with asyncio.timeout(self._connect_seconds):
                 while not self._is_welcome:
@@ -147,7 +147,8 @@ class ZmqSender(Generic[M]):
             PeerVanished: nobody confirmed what was sent, and no `send` has said so before.
         """
         if self._end is None:
-            post(self._socket, protocol.CLOSE)
+            self._is_closing = True
+            self._say(protocol.CLOSE, protocol.number_frame(self._sent))
             while kind is None and self._end is None and not self._is_flushed:
                 await self._change()
         vanished = self._end if isinstance(self._end, PeerVanished) else None
@@ -157,9 +158,10 @@ class ZmqSender(Generic[M]):
 
     async def _listen(self) -> None:
         while True:
-            kind, *arguments = await self._socket.recv_multipart()
+            frames = await self._socket.recv_multipart()
             self._silent_beats = 0
-            with suppress(ValueError):  # a frame that no receiver of ours sends; silence will tell
+            with suppress(ValueError):  # damaged on the way: the receiver repeats what matters
+                kind, *arguments = protocol.unsealed(frames)
                 self._hear(kind, arguments)
             self._changed.set()
 
@@ -177,20 +179,26 @@ class ZmqSender(Generic[M]):
                 self._end = ChannelClosed(
                     f"{self._peer} has closed the channel at {self._endpoint}. Look at logs/{self._peer}.log for why."
                 )
+            case protocol.DAMAGED, [number]:
+                count = protocol.read_number(number)
+                self._end = self._end or PeerVanished(protocol.damage(self._name, count, "here", self._peer))
             case protocol.UNKNOWN, [] if self._is_welcome and not self._is_flushed:  # else it answers a late heartbeat
-                self._end = PeerVanished(
+                self._end = self._end or PeerVanished(
                     f"{self._peer} at {self._endpoint} no longer knows {self._name}: it was restarted, or it heard "
                     f"nothing from here for too long. Look at logs/{self._peer}.log and connect again."
                 )
+
+    def _say(self, *frames: bytes) -> None:
+        post(self._socket, *protocol.sealed(*frames))
 
     async def _beat(self) -> None:
         # Silence is counted in beats, not read off the clock: while this process itself is held up, nothing is counted.
         while True:
             await asyncio.sleep(self._heartbeat_seconds)
             if not self._is_welcome:
-                post(self._socket, protocol.HELLO, self._name.encode())
+                self._say(protocol.HELLO, self._name.encode())
                 continue
-            post(self._socket, protocol.BEAT)
+            self._say(protocol.CLOSE if self._is_closing else protocol.BEAT, protocol.number_frame(self._sent))
             self._silent_beats += 1
             seconds = self._silent_beats * self._heartbeat_seconds
             if self._end is None and seconds > self._peer_timeout_seconds:

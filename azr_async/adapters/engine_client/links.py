@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from azr_async.errors import ChannelClosed, PeerVanished
 from azr_async.messages import CancelJob, GenerateJob, GenerationResults, WorkerReady
@@ -22,6 +22,7 @@ class WorkerTotals:
 
     busy_seconds: float = 0.0
     generated_tokens: int = 0
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -99,8 +100,11 @@ class Links:
         link = self.open.get(results.worker)
         if link is not None:
             link.is_slow = False
+            before = link.before
             self.totals[results.worker] = WorkerTotals(
-                link.before.busy_seconds + results.busy_seconds, link.before.generated_tokens + results.generated_tokens
+                before.busy_seconds + results.busy_seconds,
+                before.generated_tokens + results.generated_tokens,
+                {name: before.numbers.get(name, 0.0) + number for name, number in results.numbers.items()},
             )
 
     def close(self) -> None:

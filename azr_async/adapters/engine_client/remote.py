@@ -7,6 +7,7 @@ come and go; who owes which samples is in `algorithm/leases.py`.
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -63,8 +64,11 @@ class RemoteEngines:
         return self._links.totals
 
     def numbers(self) -> dict[str, float]:
-        """Counters, for the metrics."""
-        return {
+        """Counters, for the metrics; those that workers report, added up over them."""
+        reported = Counter[str]()
+        for totals in self.totals.values():
+            reported.update(totals.numbers)
+        return reported | {
             "workers": float(len(self._links.open)),
             "lost_workers": float(self._links.lost),
             "reissued": float(self._leases.reissued),

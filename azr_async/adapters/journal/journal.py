@@ -3,42 +3,31 @@
 import asyncio
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Self
 
+from azr_async.adapters.journal.pruning import Pruning
 from azr_async.adapters.journal.schema import migrate
-from azr_async.adapters.journal.writer import END_SECONDS, Work, Writer
-from azr_async.algorithm.ledger import Changes, Entry, SampleId, closed_twice
-from azr_async.algorithm.library import KnownTask, task_key
-from azr_async.errors import AzrError, CheckpointError
-from azr_async.messages import Admission, Pair, Problem, Task
-
-_ADD_TASK: Final = """
-INSERT INTO tasks (task, program, pairs, shown, message, version, key, group_id, parents)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING"""
-_ADD_GROUP: Final = "INSERT OR IGNORE INTO groups (id, task, is_proposal, attempts, version) VALUES (?, ?, ?, ?, ?)"
-_PUT_SAMPLE: Final = """
-INSERT INTO samples (group_id, role, number, version, stage, reward, step, reason) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
-ON CONFLICT DO UPDATE SET version = excluded.version, stage = excluded.stage, reward = excluded.reward,
-    step = excluded.step, reason = excluded.reason
-WHERE stage NOT IN ('trained', 'dropped')"""
-_USE_TASK: Final = """
-UPDATE tasks SET draws = ?, attempts = ?, successes = ?, reward = ?, last_use = ? WHERE key = ?"""
-_ROLL_BACK: Final = (
-    "DELETE FROM samples WHERE version >= :version",
-    "DELETE FROM groups WHERE version >= :version",
-    "UPDATE samples SET stage = 'trained' WHERE stage = 'admitted' AND step <= :version",
-    """
-UPDATE samples SET stage = 'leased', reward = NULL, step = NULL, reason = ''
-WHERE step IS NULL OR step > :version""",
+from azr_async.adapters.journal.statements import (
+    ADD_TASK,
+    DROP_PARTS,
+    ROLL_BACK,
+    TAKE_OVER,
+    USE_TASK,
+    admission_of,
+    ids_of,
+    problem_of,
+    record,
 )
-
-_DROP_PARTS: Final = """
-UPDATE samples SET stage = 'dropped', step = :version + 1, reason = :reason
-WHERE stage = 'leased' AND group_id IN (SELECT group_id FROM samples WHERE stage IN ('trained', 'dropped'))"""
+from azr_async.adapters.journal.writer import END_SECONDS, Work, Writer
+from azr_async.algorithm.ledger import Changes, Entry, SampleId, Stage
+from azr_async.algorithm.library import KnownTask, TaskUse, task_key
+from azr_async.errors import AzrError, CheckpointError
+from azr_async.messages import Admission, Problem, Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +54,7 @@ class SqliteJournal:
         (self.newest_task,) = connection.execute("SELECT coalesce(max(id), 0) FROM tasks").fetchone()
         """The row of the task that was written last."""
         self._writer = Writer(connection, path)
+        self._pruning = Pruning(lambda work: self._writer.put(work, is_awaited=False))
         self._ledger_rows = 0
 
     async def add(
@@ -76,8 +66,8 @@ class SqliteJournal:
         keys = [task_key(parent) for parent in parents]
 
         def insert(connection: sqlite3.Connection) -> None:
-            shown = json.dumps(_ids(connection, keys))
-            added = connection.execute(_ADD_TASK, (*row, task_key(problem), group_id, shown))
+            shown = json.dumps(ids_of(connection, keys))
+            added = connection.execute(ADD_TASK, (*row, task_key(problem), group_id, shown))
             if added.rowcount:
                 self.newest_task = added.lastrowid
 
@@ -88,7 +78,7 @@ class SqliteJournal:
         if not changes.groups and not changes.samples:
             return
         self._ledger_rows += len(changes.groups) + len(changes.samples)
-        self._writer.put(lambda connection: _record(connection, changes), is_awaited=False)
+        self._writer.put(lambda connection: record(connection, changes), is_awaited=False)
 
     def note_use(self, tasks: Iterable[KnownTask]) -> None:
         """Write down how tasks have been used so far, within a moment."""
@@ -104,24 +94,57 @@ class SqliteJournal:
             for task in tasks
         ]
         if rows:
-            self._writer.put(lambda connection: connection.executemany(_USE_TASK, rows), is_awaited=False)
+            self._writer.put(lambda connection: connection.executemany(USE_TASK, rows), is_awaited=False)
 
     async def flush(self) -> None:
         """Return when all that was written before is on the disk."""
         await self._committed(lambda connection: None)
 
-    def forget_after(self, version: int) -> None:
-        """Delete, all at once, the tasks that were found under newer weights: a resumed run finds tasks of its own."""
-        self._now(lambda connection: connection.execute("DELETE FROM tasks WHERE version > ?", (version,)))
-
     def roll_back(self, version: int) -> None:
-        """Make the ledger that of a run which goes on from a checkpoint of `version` (algorithm/ledger.py)."""
+        """Make the ledger that of a run which goes on from a checkpoint of `version` (algorithm/ledger.py).
+
+        Raises CheckpointError when what these weights do not contain has been summed up.
+        """
+        ((newest,),) = self._rows("SELECT coalesce(max(step), 0) FROM steps")
+        if newest > version:
+            raise CheckpointError(
+                f"{self._path} has summed up what became of the samples up to step {newest}: no run can go on with it "
+                f"from step {version}. Resume from a newer checkpoint, or start a new run from this one with --model."
+            )
 
         def statements(connection: sqlite3.Connection) -> None:
-            for statement in _ROLL_BACK:
+            for statement in ROLL_BACK:
                 connection.execute(statement, {"version": version})
 
         self._now(statements)
+
+    def take_over(self, version: int, held: Collection[int]) -> None:
+        """Make the ledger that of a learner which goes on (`taken_over` in algorithm/ledger.py)."""
+
+        def statements(connection: sqlite3.Connection) -> None:
+            for statement in TAKE_OVER:
+                connection.execute(statement, {"version": version, "held": json.dumps(sorted(held))})
+
+        self._now(statements)
+
+    def admitted(self) -> list[tuple[SampleId, Entry, Task]]:
+        """The samples of batches that are not in the installed weights yet, with the kind of their group."""
+        rows = self._rows("""
+SELECT group_id, role, number, samples.version, reward, step, task FROM samples JOIN groups ON groups.id = group_id
+WHERE stage = 'admitted'""")
+        return [
+            (SampleId(group, role, number), Entry(version=version, stage="admitted", reward=reward, step=step), task)
+            for group, role, number, version, reward, step, task in rows
+        ]
+
+    def uses(self) -> dict[bytes, TaskUse]:
+        """How the tasks have been used, by key, in the order in which they were found."""
+        rows = self._rows("""
+SELECT key, draws, attempts, successes, reward, last_use FROM tasks WHERE key IS NOT NULL ORDER BY id""")
+        return {
+            key: TaskUse(draws=draws, attempts=attempts, successes=successes, reward=reward, last_use=last_use)
+            for key, draws, attempts, successes, reward, last_use in rows
+        }
 
     def problems(self) -> list[Problem]:
         """All tasks, oldest first."""
@@ -131,7 +154,7 @@ class SqliteJournal:
         """All tasks with what is known of their origin, oldest first."""
         rows = self._rows("SELECT id, version, group_id, task, program, pairs, shown, message FROM tasks ORDER BY id")
         return [
-            FoundTask(number=number, problem=_problem(*content), version=version, group_id=group_id)
+            FoundTask(number=number, problem=problem_of(*content), version=version, group_id=group_id)
             for number, version, group_id, *content in rows
         ]
 
@@ -147,16 +170,31 @@ class SqliteJournal:
         """After `roll_back`: the groups to start anew, oldest first. Of those that are in the weights in part, the rest
         is dropped: it would need what only the process had that was to make it."""
         why = {"version": version, "reason": "its group was trained or dropped in part when the run was resumed"}
-        self._now(lambda connection: connection.execute(_DROP_PARTS, why))
+        self._now(lambda connection: connection.execute(DROP_PARTS, why))
         rows = self._rows("""
 SELECT id, task, is_proposal, attempts, version FROM groups
 WHERE id IN (SELECT group_id FROM samples WHERE stage = 'leased') ORDER BY id""")
-        return [_admission(*row) for row in rows]
+        return [admission_of(*row) for row in rows]
 
     def newest_groups(self) -> Mapping[tuple[Task, bool], int]:
         """The largest number of a group, by task and `is_proposal`."""
-        rows = self._rows("SELECT task, is_proposal, max(id) FROM groups GROUP BY task, is_proposal")
+        rows = self._rows("""
+SELECT task, is_proposal, max(newest) FROM (
+    SELECT task, is_proposal, newest FROM closed UNION ALL SELECT task, is_proposal, id FROM groups
+) GROUP BY task, is_proposal""")
         return {(task, bool(is_proposal)): number for task, is_proposal, number in rows}
+
+    def sum_up(self, step: int) -> None:
+        """Keep only sums of the samples that ended in the steps up to this one, from now on and bit by bit.
+
+        The run must never go on from weights of an earlier version.
+        """
+        self._writer.put(lambda connection: self._pruning.up_to(connection, step), is_awaited=False)
+
+    def sums(self) -> Counter[tuple[int | None, Stage, str]]:
+        """How many samples there ever were, by step, stage and reason."""
+        rows = self._rows("SELECT step, stage, reason, samples FROM sums")
+        return Counter({(step, stage, reason): samples for step, stage, reason, samples in rows})
 
     def close(self) -> None:
         """Write what is left. Raises what could not be written, or CheckpointError when that takes too long."""
@@ -202,44 +240,6 @@ WHERE id IN (SELECT group_id FROM samples WHERE stage = 'leased') ORDER BY id"""
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         with nullcontext() if kind is None else suppress(AzrError):  # it must not hide what has gone wrong first
             self.close()
-
-
-def _record(connection: sqlite3.Connection, changes: Changes) -> None:
-    connection.executemany(
-        _ADD_GROUP,
-        [
-            (group.group_id, group.task, group.is_proposal, group.trained_attempts, group.version)
-            for group in changes.groups
-        ],
-    )
-    rows = [
-        (*sample, entry.version, entry.stage, entry.reward, entry.step, entry.reason)
-        for sample, entry in changes.samples.items()
-    ]
-    if connection.executemany(_PUT_SAMPLE, rows).rowcount < len(rows):
-        raise closed_twice("a sample")
-
-
-def _ids(connection: sqlite3.Connection, keys: list[bytes]) -> list[int]:
-    """Of the tasks with these keys; the identity function, which nobody has found, has none."""
-    marks = ", ".join("?" * len(keys))
-    return [number for (number,) in connection.execute(f"SELECT id FROM tasks WHERE key IN ({marks})", keys)]
-
-
-def _problem(task: Task, program: str, pairs: str, shown: int, message: str) -> Problem:
-    return Problem(
-        task=task,
-        program=program,
-        pairs=tuple(Pair(**pair) for pair in json.loads(pairs)),
-        shown_pairs=shown,
-        message=message,
-    )
-
-
-def _admission(number: int, task: Task, is_proposal: int, attempts: int, version: int) -> Admission:
-    return Admission(
-        group_id=number, task=task, is_proposal=bool(is_proposal), trained_attempts=attempts, version=version
-    )
 
 
 def _opened(path: Path) -> sqlite3.Connection:

@@ -54,7 +54,33 @@ CREATE TABLE samples (
 ) WITHOUT ROWID""",
 )
 
-MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = ((_TASKS,), _USE_AND_LEDGER)
+_SUMS: Final = (
+    """
+CREATE TABLE steps (
+    step    INTEGER NOT NULL,
+    stage   TEXT NOT NULL,         -- trained or dropped
+    reason  TEXT NOT NULL,
+    samples INTEGER NOT NULL,      -- that have no row in samples any more
+    PRIMARY KEY (step, stage, reason)
+) WITHOUT ROWID""",
+    """
+CREATE TABLE closed (
+    task        TEXT NOT NULL,
+    is_proposal INTEGER NOT NULL,
+    newest      INTEGER NOT NULL,  -- all groups of this kind up to this number are closed for ever
+    groups      INTEGER NOT NULL,  -- of them that there were
+    samples     INTEGER NOT NULL,
+    PRIMARY KEY (task, is_proposal)
+) WITHOUT ROWID""",
+    """
+CREATE VIEW sums AS
+SELECT step, stage, reason, sum(samples) AS samples FROM (
+    SELECT step, stage, reason, samples FROM steps
+    UNION ALL SELECT step, stage, reason, count(*) FROM samples GROUP BY step, stage, reason
+) GROUP BY step, stage, reason""",
+)
+
+MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = ((_TASKS,), _USE_AND_LEDGER, _SUMS)
 """The statements that make version n + 1 of version n, one transaction each."""
 
 SCHEMA_VERSION: Final = len(MIGRATIONS)

@@ -4,7 +4,7 @@ import asyncio
 from functools import partial
 from typing import Final, Literal
 
-from azr_async.adapters.sandbox.helpers import Helper, HelperGone, HelperSettings, Role, start_helper
+from azr_async.adapters.sandbox.helpers import Helper, HelperGone, HelperSettings, NotBegun, Role, start_helper
 from azr_async.adapters.sandbox.inside.canaries import CANARIES, CANARY
 from azr_async.adapters.sandbox.inside.wire import with_length
 from azr_async.adapters.sandbox.lanes import Lane
@@ -55,7 +55,8 @@ class Crew:
         try:
             async with asyncio.TaskGroup() as starts:
                 self._parsers.open(starts, 1)
-                self._lanes[0].open(starts, self._workers)
+                # While one forks its next child, another one works.
+                self._lanes[0].open(starts, self._workers + 1)
                 self._lanes[1].open(starts, 1)
             await self._release_canaries()
         except ExceptionGroup as failures:
@@ -83,7 +84,8 @@ class Crew:
     async def fork(self, flavour: int, code: bytes, arguments: list[bytes]) -> Report | None:
         """Run compiled code on `arguments` in one fork of a zygote of `flavour`; None if each attempt's zygote died."""
         request = b"".join(map(with_length, [code, *arguments]))
-        for _ in range(ATTEMPTS):
+        attempts_left, vain_left = ATTEMPTS, self._workers + SPARE_SLOTS
+        while attempts_left and vain_left:
             with self.meter.queued():
                 await self._permits.acquire()
             permit = Permit(self._permits)
@@ -94,8 +96,10 @@ class Crew:
                         report = await slot.run(request, self._limits, inputs=len(arguments))
                     self.meter.kills += report.was_forced
                     return report
+            except NotBegun:  # when memory is short, waiting children may die by the dozen
+                vain_left -= 1
             except HelperGone:
-                continue
+                attempts_left -= 1
             finally:
                 permit.release()
         return None

@@ -35,6 +35,10 @@ class HelperGone(Exception):
     """The sandboxed process ended, or does not answer; whoever asked starts another one."""
 
 
+class NotBegun(HelperGone):
+    """The child that was to run a program died before it had read it: that says nothing about the program."""
+
+
 class StartFailed(SandboxError):
     """A sandboxed process did not come up. That may be different in a moment."""
 
@@ -45,6 +49,7 @@ class HelperSettings:
 
     allowed_imports: Sequence[str]
     memory_mb: int
+    cpu_seconds: int
     result_bytes: int
     is_gated: bool
     """False: programs may use all of Python, and the walls alone hold them."""
@@ -68,6 +73,8 @@ class Helper:
     control_fd: int
     report_fd: int
     layers: dict[str, str]
+    open_fds: list[int]
+    """All of the above, until they are closed."""
 
     def strike(self) -> None:
         """Begin to `kill`, without waiting for the end."""
@@ -76,8 +83,8 @@ class Helper:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """End the process and all that it started, now. Safe to call twice."""
-        if self.process.returncode is not None:
+        """End the process and all that it started, now. Safe to call twice, and after it has ended by itself."""
+        if not self.open_fds:
             return
         self.strike()
         with suppress(subprocess.TimeoutExpired):
@@ -86,8 +93,8 @@ class Helper:
         last = select.poll()
         last.register(self.result_fd, 0)
         last.poll(KILL_SECONDS * 1000)
-        for fd in (self.result_fd, self.request_fd, self.leftover_fd, self.control_fd, self.report_fd):
-            os.close(fd)
+        while self.open_fds:
+            os.close(self.open_fds.pop())
 
 
 async def start_helper(role: Role, settings: HelperSettings, *, flavour: int = 0) -> Helper:
@@ -130,6 +137,7 @@ def _launch(role: Role, settings: HelperSettings, flavour: int) -> Helper:
         control_fd=control_write,
         report_fd=report[0],
         layers={},
+        open_fds=[result_read, request_write, request_read, control_write, report[0]],
     )
 
 
@@ -153,6 +161,7 @@ def _execute(role: Role, settings: HelperSettings, flavour: int, fds: list[int])
     options = {
         "allowed_imports": list(settings.allowed_imports),
         "memory_mb": settings.memory_mb,
+        "cpu_seconds": settings.cpu_seconds,
         "result_bytes": settings.result_bytes,
         "is_gated": settings.is_gated,
         "flavour": flavour,

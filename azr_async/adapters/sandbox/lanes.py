@@ -1,6 +1,7 @@
 """Interchangeable sandboxed processes: started when needed, used one request at a time, replaced when broken."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Final, Generic, Protocol, TypeVar
@@ -31,7 +32,8 @@ class Lane(Generic[MemberT]):
         self.restarts = 0
         self._start: Final = start
         self._room = asyncio.Semaphore(most)
-        self._idle: list[MemberT] = []
+        self._idle: deque[MemberT] = deque()
+        """The one that has rested longest comes first: it is ready, where others still fork their next child."""
         self._all: set[MemberT] = set()
         self._is_closed = False
         self._given_back = asyncio.Event()
@@ -93,7 +95,7 @@ class Lane(Generic[MemberT]):
 
     def _take_idle(self) -> MemberT | None:
         while self._idle:
-            member = self._idle.pop()
+            member = self._idle.popleft()
             if not member.is_broken:
                 return member
             self._all.discard(member)

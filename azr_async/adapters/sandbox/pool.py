@@ -59,15 +59,16 @@ class SandboxPool:
         require: Require = "strict",
         is_gated: bool = True,
     ) -> None:
+        limits = self._limits = Limits(
+            wall_seconds=wall_seconds, cpu_seconds=max(1, math.ceil(cpu_seconds)), result_bytes=result_bytes
+        )
         settings = HelperSettings(
             allowed_imports=allowed_imports,
             memory_mb=memory_mb,
+            cpu_seconds=limits.cpu_seconds,
             result_bytes=result_bytes,
             is_gated=is_gated,
             label=label,
-        )
-        self._limits = Limits(
-            wall_seconds=wall_seconds, cpu_seconds=max(1, math.ceil(cpu_seconds)), result_bytes=result_bytes
         )
         self._crew = Crew(settings, self._limits, workers=workers, require=require)
         self._verdicts: Recent[Outcome] = Recent(cache_mb << 19)

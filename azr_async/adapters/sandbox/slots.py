@@ -10,7 +10,7 @@ import select
 import time
 from typing import Final
 
-from azr_async.adapters.sandbox.helpers import Helper, HelperGone
+from azr_async.adapters.sandbox.helpers import Helper, HelperGone, NotBegun
 from azr_async.adapters.sandbox.inside.wire import ORDER, REPORT, with_length
 from azr_async.adapters.sandbox.verdicts import Limits, Report
 
@@ -35,7 +35,10 @@ class Slot:
         self.is_broken = False
 
     async def run(self, request: bytes, limits: Limits, *, inputs: int) -> Report:
-        """Run one program. Raises HelperGone when the zygote ends or is silent past the program's deadline."""
+        """Run one program. Raises HelperGone when the zygote ends or is silent past the program's deadline.
+
+        NotBegun when the child that waited for it has died.
+        """
         self._content.clear()
         self._limit_bytes = inputs * (limits.result_bytes + FRAME_BYTES)
         # What fits into the pipe is read at the end, at once: one waking-up of this process less.
@@ -48,10 +51,14 @@ class Slot:
         try:
             if must_read_on_the_way:
                 self._loop.add_reader(self.helper.result_fd, self._read_result)
-            # The request first: nobody waits for it yet, so only the order wakes somebody.
+            # The request first: the child need not wait until its zygote has woken up.
             self._writer.write(with_length(request))
-            os.write(self.helper.control_fd, ORDER.pack(int(limits.wall_seconds * 1000), limits.cpu_seconds))
+            os.write(self.helper.control_fd, ORDER.pack(int(limits.wall_seconds * 1000)))
             report = await ended
+            if self._clear_away(report) == 4 + len(request):
+                report = b""
+                # For want of memory while it waited, perhaps.
+                raise NotBegun("the child died before it had read its request")
         except BrokenPipeError:
             raise HelperGone("the zygote has ended") from None
         finally:
@@ -73,11 +80,13 @@ class Slot:
             self.helper.kill()
         self._break("the sandbox was closed")
 
+    def _clear_away(self, report: bytes) -> int:
+        """What a child that did not end well has left of its request, in bytes. The next child finds the pipe empty."""
+        was_killed, wait_status, *_ = REPORT.unpack(report)
+        return self._writer.stop() + _drain(self.helper.leftover_fd) if was_killed or wait_status != 0 else 0
+
     def _report(self, report: bytes, wall_ms: float) -> Report:
         was_killed, wait_status, user_us, system_us, _ = REPORT.unpack(report)
-        if was_killed or wait_status != 0:
-            self._writer.stop()
-            _drain(self.helper.leftover_fd)
         return Report(
             content=bytes(self._content),
             is_over_limit=len(self._content) > self._limit_bytes,
@@ -131,11 +140,13 @@ class RequestWriter:
         if self._rest:
             asyncio.get_running_loop().add_writer(self._fd, self._go_on)
 
-    def stop(self) -> None:
-        """Give up what is not written yet."""
-        if self._rest:
+    def stop(self) -> int:
+        """Give up what is not written yet; its bytes."""
+        unwritten = len(self._rest)
+        if unwritten:
             self._rest = memoryview(b"")
             asyncio.get_running_loop().remove_writer(self._fd)
+        return unwritten
 
     def _go_on(self) -> None:
         try:
@@ -146,7 +157,11 @@ class RequestWriter:
             asyncio.get_running_loop().remove_writer(self._fd)
 
 
-def _drain(fd: int) -> None:
-    """Empty a pipe without waiting."""
-    while select.select([fd], [], [], 0)[0]:
-        os.read(fd, CHUNK_BYTES)
+def _drain(fd: int) -> int:
+    """Empty a pipe without waiting; how many bytes it held."""
+    drained = 0
+    ready = select.poll()  # `select` knows no descriptor beyond 1023
+    ready.register(fd, select.POLLIN)
+    while ready.poll(0):
+        drained += len(os.read(fd, CHUNK_BYTES))
+    return drained

@@ -48,7 +48,8 @@ class Chunk:
     place_N: Tensor
     """Where, in the flattened [B * T], the model predicts the trained token."""
     target_N: Tensor
-    temperature_N: Tensor
+    temperature_N: Tensor | None
+    """None when all are 1."""
     behavior_logp_N: Tensor
     token_version_N: Tensor
     advantage_N: Tensor
@@ -76,7 +77,7 @@ def chunk_of(rows: Sequence[Row], device: torch.device) -> Chunk:
     samples = [sample for row in rows for sample in row]
     branches = None
     if len(samples) > len(rows):
-        branches = _branches(np.stack([_row_branches(row, width) for row in rows]), device)
+        branches = _branches(rows, width, device)
     return _chunk(
         padded([_row_ids(row) for row in rows], width),
         branches,
@@ -108,9 +109,9 @@ def _chunk(
     samples: Sequence[Sample],
     device: torch.device,
 ) -> Chunk:
-    counts = [sample.trained_tokens for sample in samples]
+    counts, temperatures = zip(*((sample.trained_tokens, sample.temperature) for sample in samples), strict=True)
 
-    def per_token(values: list[float]) -> Tensor:
+    def per_token(values: Sequence[float]) -> Tensor:
         return torch.from_numpy(np.repeat(np.array(values, np.float32), counts)).to(device)
 
     def completions(arrays: list[Any]) -> Tensor:
@@ -122,7 +123,7 @@ def _chunk(
         attention=attention,
         place_N=torch.from_numpy(place_N).to(device),
         target_N=completions([sample.token_ids for sample in samples]).long(),
-        temperature_N=per_token([sample.temperature for sample in samples]),
+        temperature_N=per_token(temperatures) if any(one != 1.0 for one in temperatures) else None,
         behavior_logp_N=completions([sample.behavior_logp for sample in samples]),
         token_version_N=completions([sample.token_version for sample in samples]),
         advantage_N=per_token([sample.advantage for sample in samples]),
@@ -132,14 +133,6 @@ def _chunk(
 
 def _row_ids(row: Row) -> NDArray[np.int32]:
     return np.concatenate([row[0].token_ids, *(sample.token_ids[sample.prompt_length :] for sample in row[1:])])
-
-
-def _row_branches(row: Row, width: int) -> NDArray[np.int32]:
-    """[T] 0 on the prompt, n on the n-th completion."""
-    branch_T = np.full(width, _PADDING, np.int32)
-    lengths = [row[0].prompt_length, *(sample.trained_tokens for sample in row)]
-    branch_T[: sum(lengths)] = np.repeat(np.arange(len(lengths)), lengths)
-    return branch_T
 
 
 def _row_places(row: Row) -> NDArray[np.int64]:
@@ -154,11 +147,17 @@ def _row_places(row: Row) -> NDArray[np.int64]:
     return joined
 
 
-def _branches(branch_BT: NDArray[np.int32], device: torch.device) -> Branches:
+def _branches(rows: Sequence[Row], width: int, device: torch.device) -> Branches:
+    position_BT = np.zeros((len(rows), width), np.int64)
+    branch_BT = np.full((len(rows), width), _PADDING, np.int32)  # 0 on the prompt, n on the n-th completion
+    for position_T, branch_T, row in zip(position_BT, branch_BT, rows, strict=True):
+        prompt, *completions = lengths = [row[0].prompt_length, *(sample.trained_tokens for sample in row)]
+        branch_T[: sum(lengths)] = np.repeat(np.arange(len(lengths)), lengths)
+        # A token's position is the number of tokens that it sees before it.
+        ends = [np.arange(prompt), *(np.arange(prompt, prompt + length) for length in completions)]
+        position_T[: sum(lengths)] = np.concatenate(ends)
     branch = torch.from_numpy(branch_BT).to(device)
-    is_same = branch[:, :, None] == branch[:, None, :]
-    is_earlier = torch.ones(is_same.shape[1:], dtype=torch.bool, device=device).tril()
-    is_prompt = branch[:, None, :] == 0
-    # A token's position is the number of tokens that it sees before it.
-    mask_BTT = is_earlier & (is_same | is_prompt)
-    return Branches(position_BT=mask_BTT.sum(-1) - 1, mask_B1TT=mask_BTT[:, None])
+    mask_BTT = branch[:, :, None] == branch[:, None, :]
+    mask_BTT |= (branch == 0)[:, None, :]
+    mask_BTT &= torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    return Branches(position_BT=torch.from_numpy(position_BT).to(device), mask_B1TT=mask_BTT[:, None])

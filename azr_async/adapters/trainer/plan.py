@@ -33,7 +33,8 @@ class Planner:
 
     def plan(self, samples: Sequence[Sample]) -> Plan:
         """Micro-batches of the samples that move the weights; every rank has equally many, at least one."""
-        busy = [sample for sample in samples if self.learner.entropy_weight or not sample.is_idle]
+        entropy_weight = self.learner.entropy_weight
+        busy = [sample for sample in samples if sample.moves_weights(entropy_weight=entropy_weight)]
         return self._packed(busy) if self._is_packed(busy) else self._rows(busy)
 
     def _is_packed(self, samples: Sequence[Sample]) -> bool:

@@ -31,7 +31,7 @@ def connect_ranks(config: Config) -> Accelerator:
     try:
         return Accelerator(
             cpu=is_cpu,
-            mixed_precision="bf16" if config.model.precision == "bfloat16" and not is_cpu else "no",
+            mixed_precision="bf16" if config.model.precision == "bfloat16" else "no",
             kwargs_handlers=[
                 InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=longest_seconds)),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),

@@ -31,10 +31,9 @@ class Sample:
         """Tokens of the completion."""
         return len(self.token_ids) - self.prompt_length
 
-    @property
-    def is_idle(self) -> bool:
-        """It cannot move the weights; it counts in the normaliser all the same."""
-        return self.advantage == 0.0 or self.weight == 0.0
+    def moves_weights(self, *, entropy_weight: float) -> bool:
+        """Whether it must be computed; it counts in the normaliser in any case."""
+        return self.weight != 0.0 and (self.advantage != 0.0 or entropy_weight != 0.0)
 
 
 def unrewarded(token_ids: NDArray[np.int32], *, prompt_length: int = 1) -> Sample:
@@ -53,7 +52,7 @@ def checked_lags(batch: RolloutBatch, version: int, config: Config) -> list[int]
     Raises:
         TrainingError: the learner at `version` must not be trained on `batch`.
     """
-    max_lag, learner = config.flow.max_lag, config.learner
+    max_lag, learner = config.flow.lag_limit, config.learner
     if learner.objective == "none" and max_lag > 0 and not learner.allow_uncorrected:
         raise TrainingError(
             f"learner.objective = none would train data up to {max_lag} steps old without correction. Choose "

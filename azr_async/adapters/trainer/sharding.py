@@ -19,10 +19,8 @@ from azr_async.config import Config
 
 
 def is_sharded(config: Config, accelerator: Accelerator) -> bool:
-    """Whether each rank holds a part of the weights only: by setting, or by itself on several GPUs."""
-    if accelerator.num_processes == 1 or config.learner.sharding == "none":
-        return False
-    return config.learner.sharding == "full" or accelerator.device.type != "cpu"
+    """Whether each rank holds a part of the weights only."""
+    return accelerator.num_processes > 1 and config.learner.sharding == "full"
 
 
 def offloads(config: Config, accelerator: Accelerator) -> bool:
@@ -105,12 +103,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def to_host(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """All of them, whole, in the host's memory where `keep`, else nothing. Collective, one after the other."""
+    """Whole copies of all of them, in the host's memory where `keep`, else nothing. Collective, one after the other."""
     kept = {}
     for name, tensor in tensors.items():
         full = whole(tensor.detach())
         if keep:
-            kept[name] = full.cpu()
+            kept[name] = full.to("cpu", copy=not isinstance(tensor, DTensor))  # a DTensor put together is a copy
     return kept
 
 

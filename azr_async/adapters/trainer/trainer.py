@@ -214,12 +214,9 @@ class Trainer:
 
 def _policy_of(model: nn.Module, config: Config, accelerator: Accelerator, *, sharded: bool) -> tuple[TokenPolicy, Any]:
     """The policy, and what is called in its place for the ranks to work together."""
-    learner = config.learner
-    if learner.gradient_checkpointing:
-        body: Any = model
-        body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # eval() keeps dropout out, as the engines do; checkpointing only works in train().
-    policy = TokenPolicy(model.float(), logits_mb=learner.logits_mb).train(learner.gradient_checkpointing)
+    policy = TokenPolicy(model.float(), logits_mb=config.learner.logits_mb).eval()  # no dropout, as in the engines
+    if config.learner.gradient_checkpointing:
+        _recompute_layers(model)
     if sharded:
         dtype = _product_dtype(accelerator)
         with lost_ranks_named(accelerator):
@@ -227,6 +224,20 @@ def _policy_of(model: nn.Module, config: Config, accelerator: Accelerator, *, sh
         return policy, policy
     policy = policy.to(accelerator.device)
     return policy, accelerator.prepare_model(policy, evaluation_mode=accelerator.num_processes == 1)
+
+
+def _recompute_layers(model: nn.Module) -> None:
+    """Layers are computed again for their gradients. Only they get the training mode that this needs: what is inside
+    them still keeps dropout out."""
+    body: Any = model
+    if not body.supports_gradient_checkpointing:
+        raise TrainingError(
+            f"{type(model).__name__} cannot compute its layers again. Set learner.gradient_checkpointing to false, and "
+            "lower learner.microbatch_tokens if memory runs out."
+        )
+    body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
 
 
 def _findings(policy: TokenPolicy, config: Config, accelerator: Accelerator) -> tuple[bool, bool]:

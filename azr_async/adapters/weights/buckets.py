@@ -8,7 +8,7 @@ tensors in their order, then the large ones. Every tensor starts at a multiple o
 import math
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgpack
@@ -50,16 +50,15 @@ class Entry:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    size_bytes: int = field(init=False)
+    """Without padding. Kept, as `is_large` is: a push asks for them thousands of times."""
+    is_large: bool = field(init=False)
+    """Sent as it is; for that it has to need no padding."""
 
-    @property
-    def size_bytes(self) -> int:
-        """Without padding."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def is_large(self) -> bool:
-        """Sent as it is; for that it has to need no padding."""
-        return self.size_bytes >= LARGE_BYTES and self.size_bytes == aligned(self.size_bytes)
+    def __post_init__(self) -> None:
+        size_bytes = math.prod(self.shape) * self.dtype.itemsize
+        object.__setattr__(self, "size_bytes", size_bytes)
+        object.__setattr__(self, "is_large", size_bytes >= LARGE_BYTES and size_bytes == aligned(size_bytes))
 
 
 @dataclass(frozen=True, slots=True)

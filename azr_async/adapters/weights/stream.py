@@ -32,7 +32,7 @@ from azr_async.algorithm.digest import Digest, digest_for
 _CPU_PIECE_BYTES: Final = 2**23
 """A few of them fit into a CPU's cache, where the next one who reads them finds them."""
 _GPU_PIECE_BYTES: Final = 2**26
-_PIECES_UNDER_WAY: Final = 2
+_PIECES_UNDER_WAY: Final = 3
 
 
 class Broken(Exception):

@@ -15,7 +15,8 @@ from azr_async.messages import Malformed
 ANSWER_END: Final = "</answer>"
 
 # The first `</think><answer>` ends the thought, the last `</answer>` the answer: what is between may quote any tag.
-_RESPONSE: Final = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
+_THOUGHT: Final = re.compile(r"\s*<think>")
+_TURN: Final = re.compile(r"</think>\s*<answer>")
 _OPENING: Final = re.compile(r" {0,3}(`{3,})[ \t]*(\w*)[ \t]*")
 _CLOSING: Final = re.compile(r" {0,3}(`{3,})[ \t]*")
 
@@ -31,11 +32,13 @@ class Block:
 
 def read_blocks(response: str) -> list[Block] | Malformed:
     """The blocks of a response's answer, in their order."""
-    matched = _RESPONSE.fullmatch(response)
-    if matched is None:
+    begun = _THOUGHT.match(response)
+    turned = _TURN.search(response, begun.end()) if begun else None
+    end = response.rfind(ANSWER_END, turned.end()) if turned else -1
+    if turned is None or end < 0 or response[end + len(ANSWER_END) :].strip():
         return Malformed(reason="not of the form <think>..</think><answer>..</answer>")
     blocks, label, fence, body = [], "", 0, list[str]()
-    for line in matched[2].split("\n"):
+    for line in response[turned.end() : end].split("\n"):
         if not fence:
             opening = _OPENING.fullmatch(line)
             if opening:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from azr_async.adapters.engines.embedded.cache import prefill_order
 from azr_async.adapters.engines.embedded.forward import Forward, check_attention_span
 from azr_async.adapters.engines.embedded.installation import Installation
+from azr_async.adapters.engines.embedded.pace import Pace
 from azr_async.adapters.engines.embedded.rows import Rows, Sequence, compaction
 from azr_async.adapters.engines.embedded.waiting import Waiting
 from azr_async.adapters.engines.jobs import check_finite, check_job, refusals
@@ -55,6 +56,7 @@ class EmbeddedEngine:
         self._running = 0
         with torch.inference_mode():
             self._forward = Forward(model)
+            self.pace = Pace(time.thread_time if self._forward.device.type == "cpu" else time.perf_counter)
             self._cache = self._forward.empty_cache(slots=slots, context_tokens=context_tokens)
 
     @property
@@ -86,10 +88,13 @@ class EmbeddedEngine:
         free = self._slots - self._running
         # A prefill costs about as much as a small step, whatever its size: let a few rows come free before the next.
         if self._waiting and free >= max(1, self._slots // 16):
-            self._admit(self._waiting.take(free))
+            groups = self._waiting.take(free)
+            with self.pace.prefill(len(groups), sum(len(group[0].prompt_ids) for group in groups)):
+                self._admit(groups)
         if self._running:
-            self._sample()
-            completions += self._retire(self._ended())
+            with self.pace.step(self._running):
+                self._sample()
+                completions += self._retire(self._ended())
         self.busy_seconds += time.perf_counter() - began_seconds
         return completions
 

@@ -52,19 +52,26 @@ def prctl(option: int, value: int = 0) -> int:
 
 
 def seccomp_filter(instructions: bytes) -> Callable[[], None]:
-    """A function that puts a filter on this thread and all that it starts, for good. Needs no_new_privs.
-
-    All is made ready beforehand, because every object that a forked child touches costs it a page fault.
-    """
+    """A function that puts a filter on this thread and all that it starts, for good. Needs no_new_privs."""
     program = _Program(len(instructions) // 8, instructions)
-    call, arguments = _libc.syscall, (ctypes.c_long(_SECCOMP[_machine]), 1, 0, ctypes.byref(program))
+    return _prepared("seccomp", _libc.syscall, _SECCOMP[_machine], 1, 0, ctypes.addressof(program), keep=program)
 
-    def put_on() -> None:
-        if call(*arguments) != 0:
+
+def prepared_prctl(option: int, value: int = 0) -> Callable[[], None]:
+    """A function that makes this call of `prctl`."""
+    return _prepared("prctl", _libc.prctl, option, value, 0, 0, 0)
+
+
+def _prepared(name: str, function: Callable[..., int], *numbers: int, keep: object = None) -> Callable[[], None]:
+    """All is made ready beforehand, because every object that a forked child touches costs it a page fault."""
+    arguments = tuple(ctypes.c_long(number) for number in numbers)
+
+    def call(_memory: object = keep) -> None:
+        if function(*arguments) == -1:
             code = ctypes.get_errno()
-            raise OSError(code, f"seccomp: {os.strerror(code)}")
+            raise OSError(code, f"{name}: {os.strerror(code)}")
 
-    return put_on
+    return call
 
 
 def unshare(flags: int) -> None:

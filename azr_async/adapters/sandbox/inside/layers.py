@@ -33,6 +33,7 @@ class Options(TypedDict):
 
     allowed_imports: list[str]
     memory_mb: int
+    cpu_seconds: int
     result_bytes: int
     is_gated: bool
     flavour: int
@@ -77,26 +78,34 @@ def confine(options: Options, *, filter_name: str) -> Report:
     return report
 
 
-class ChildWall:
-    """The last layers, made ready in the zygote, put on in every child before it reads anything untrusted."""
+def child_wall(report: Report, cpu_seconds: int) -> Callable[[], None]:
+    """The last layers: no more processes, so much CPU time, the filter. Call it in every child before anything else.
 
-    def __init__(self, report: Report) -> None:
-        self._zygote = os.getpid()
-        # The end of a PID namespace's first process ends all others in it.
-        self._must_die_with_zygote = self._zygote != 1
-        self._filter = kernel.seccomp_filter(_FILTERS["CHILD"]) if report["seccomp"].startswith("verified") else None
+    Made ready in the zygote, and with nothing to look up: what a child touches first costs it a page fault.
+    """
+    set_limit, close, parent_of_this = resource.setrlimit, os.close, os.getppid
+    cpu, processes = resource.RLIMIT_CPU, resource.RLIMIT_NPROC
+    some_seconds, none = (cpu_seconds, cpu_seconds + 1), (0, 0)
+    zygote = os.getpid()
+    # The end of a PID namespace's first process ends all others in it.
+    must_die_with_zygote = zygote != 1
+    die_with_parent = kernel.prepared_prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+    put_filter_on = kernel.seccomp_filter(_FILTERS["CHILD"]) if report["seccomp"].startswith("verified") else None
 
-    def put_on(self, cpu_seconds: int) -> None:
-        """No more processes, so much CPU time, and the filter."""
-        if self._must_die_with_zygote:
-            die_with(self._zygote)
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
-        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-        if self._filter is not None:
-            self._filter()
+    def put_on() -> None:
+        if must_die_with_zygote:
+            die_with_parent()
+            if parent_of_this() != zygote:
+                os._exit(1)
+        set_limit(cpu, some_seconds)
+        set_limit(processes, none)
+        if put_filter_on is not None:
+            put_filter_on()
         else:
-            os.close(CONTROL_FD)  # which the filter would forbid to use
-            os.close(REPORT_FD)
+            close(CONTROL_FD)  # which the filter would forbid to use
+            close(REPORT_FD)
+
+    return put_on
 
 
 def _try(report: Report, name: str, layer: Callable[[], str]) -> None:

@@ -5,8 +5,8 @@ import struct
 from collections.abc import Iterator
 from typing import Final
 
-ORDER: Final = struct.Struct("<II")
-"""pool -> zygote. Wall milliseconds, CPU seconds: fork a child under these limits."""
+ORDER: Final = struct.Struct("<I")
+"""pool -> zygote. Wall milliseconds: the waiting child has its request, and so much time from now on."""
 REPORT: Final = struct.Struct("<BiIII")
 """zygote -> pool. Was killed at its deadline, wait status, user and system CPU microseconds, peak memory in KiB."""
 CHUNK_BYTES: Final = 1 << 16

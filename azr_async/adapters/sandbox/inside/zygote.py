@@ -1,8 +1,8 @@
 """The zygote: a warm interpreter that forks one child for each program. It never reads a byte that is not the pool's.
 
-The pool writes the request for a child into the request pipe and an order into the control pipe. The zygote forks,
-waits, kills at the deadline and reports; the child reads the request, runs it and writes its claims into the result
-pipe, one frame for each input.
+The zygote forks ahead: a child behind all walls waits at the request pipe. The pool writes a request there and an order
+into the control pipe; the child reads the request, runs it and writes its claims into the result pipe, one frame for
+each input. The zygote waits, kills at the deadline, reports, and forks the next child.
 """
 
 import builtins
@@ -67,32 +67,49 @@ def prepare(options: layers.Options) -> tuple[layers.Report, Callable[[], None]]
     if options["is_gated"]:
         guard_library(guarded_names)
     report = layers.confine(options, filter_name="ZYGOTE")
-    wall = layers.ChildWall(report)
+    put_wall_on = layers.child_wall(report, options["cpu_seconds"])
     sys.stdin = None
     sys.stdout = sys.stderr = _Nowhere()
     sys.setrecursionlimit(1000)
     _warm_up(guarded_names, options["result_bytes"])
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     stage = Stage(guarded_names if options["is_gated"] else dict(vars(builtins)), options["result_bytes"])
-    return report, partial(_serve, wall, stage)
+    return report, partial(_serve, put_wall_on, stage)
 
 
-def _serve(wall: layers.ChildWall, stage: Stage) -> None:
+def _serve(put_wall_on: Callable[[], None], stage: Stage) -> None:
     gc.collect()
     gc.freeze()
+    child = _fork_ahead(put_wall_on, stage)
     while len(order := os.read(layers.CONTROL_FD, ORDER.size)) == ORDER.size:
-        wall_milliseconds, cpu_seconds = ORDER.unpack(order)
-        child = os.fork()
-        if child == 0:
-            _be_the_child(wall, cpu_seconds, stage)
-        os.write(layers.REPORT_FD, _wait(child, wall_milliseconds / 1000))
+        if child is None:
+            child = _fork(put_wall_on, stage)
+        report, ended_well = _wait(child, ORDER.unpack(order)[0] / 1000)
+        os.write(layers.REPORT_FD, report)
+        # What another one has left of its request is for the pool to clear away, before anybody reads on.
+        child = _fork_ahead(put_wall_on, stage) if ended_well else None
 
 
-def _be_the_child(wall: layers.ChildWall, cpu_seconds: int, stage: Stage) -> None:
-    """Read the request, answer it, end."""
+def _fork_ahead(put_wall_on: Callable[[], None], stage: Stage) -> int | None:
+    """A child that waits for its request; None while there is no memory for one, since nobody has asked for it yet."""
+    try:
+        return _fork(put_wall_on, stage)
+    except OSError:
+        return None
+
+
+def _fork(put_wall_on: Callable[[], None], stage: Stage) -> int:
+    child = os.fork()
+    if child == 0:
+        _be_the_child(put_wall_on, stage)
+    return child
+
+
+def _be_the_child(put_wall_on: Callable[[], None], stage: Stage) -> None:
+    """Put the walls on, wait for the request, answer it, end."""
     status = 1
     try:
-        wall.put_on(cpu_seconds)
+        put_wall_on()
         code, *inputs = split_parts(read_frame(layers.REQUEST_FD) or b"")
         answers = attempts(code) if code[:1] == CANARY else stage.claims(code, inputs)
         for answer in answers:
@@ -102,8 +119,8 @@ def _be_the_child(wall: layers.ChildWall, cpu_seconds: int, stage: Stage) -> Non
         os._exit(status)
 
 
-def _wait(child: int, wall_seconds: float) -> bytes:
-    """Wait for the child's end, bring it about at the deadline, and report."""
+def _wait(child: int, wall_seconds: float) -> tuple[bytes, bool]:
+    """Wait for the child's end, bring it about at the deadline; the report, and whether it ended by itself and well."""
     started = time.monotonic()
     was_killed = False
     limits = [STRAGGLER_SECONDS, wall_seconds] if wall_seconds > STRAGGLER_SECONDS else [wall_seconds]
@@ -119,9 +136,10 @@ def _wait(child: int, wall_seconds: float) -> bytes:
         ended = os.wait4(child, 0)
         signal.sigtimedwait([signal.SIGCHLD], 0)
     _, status, usage = ended
-    return REPORT.pack(
+    report = REPORT.pack(
         was_killed, status, int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6), min(usage.ru_maxrss, 2**32 - 1)
     )
+    return report, status == 0
 
 
 def _ended(child: int, deadline: float) -> tuple[int, int, resource.struct_rusage] | None:

@@ -1,0 +1,189 @@
+"""What a run's own files say about its speed: metrics.jsonl and config.yaml -> models of the machine and the work."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, Final
+
+from azr_async.adapters.telemetry import METRICS_FILE
+from azr_async.algorithm.judging import INDUCTION_RUNS
+from azr_async.algorithm.simulation import CellLoad, Machine, Workload
+from azr_async.config import Config
+from azr_async.errors import ConfigError
+from azr_async.messages import CELLS, Cell, cell_name
+from azr_async.programs.summary import MetricsReader
+from azr_async.programs.wiring import load_run_config
+
+FEWEST_LINES: Final = 8
+"""Steps without an evaluation that a trace needs."""
+FIRST_STEPS: Final = 5
+"""Left out: the pipeline fills, caches are cold."""
+
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trace:
+    """What a run teaches."""
+
+    config: Config
+    machine: Machine
+    workload: Workload
+    steps_per_second: float
+    """As measured, over the steps without an evaluation."""
+    notes: tuple[str, ...]
+    """What the trace does not tell, and what is assumed instead."""
+
+
+def read_trace(run_dir: Path, *, cores: float | None) -> Trace:
+    """Calibrate the model on a run.
+
+    Args:
+        run_dir: of a run with FEWEST_LINES steps between evaluations, after the first FIRST_STEPS.
+        cores: how many the run's programs shared; None if each had a device of its own.
+
+    Raises:
+        ConfigError: there is no such run, or too little of it.
+    """
+    if not (run_dir / METRICS_FILE).is_file():
+        raise ConfigError(f"--trace: there is no {METRICS_FILE} in {run_dir}. Name a folder of a run that has trained.")
+    config = load_run_config(run_dir)
+    lines = [line for line in MetricsReader(run_dir / METRICS_FILE).new_lines() if "cpu" in line]
+    spans = [
+        (before, after)
+        for before, after in pairwise(lines[FIRST_STEPS - 1 :])
+        if "eval" not in before and "eval" not in after and after["step"] == before["step"] + 1
+    ]
+    if len(spans) < FEWEST_LINES:
+        raise ConfigError(
+            f"--trace: {run_dir} has {len(spans)} steps to learn from, after the first {FIRST_STEPS} and without those "
+            f"of evaluations; {FEWEST_LINES} are needed. Make a longer run: python run.py --steps 40."
+        )
+    evaluations = [line["eval"]["n"] for line in lines if "eval" in line]
+    return _calibrated(config, spans, cores, evaluated_samples=evaluations[-1] if evaluations else 0)
+
+
+def _calibrated(
+    config: Config, spans: Sequence[tuple[Line, Line]], cores: float | None, *, evaluated_samples: int
+) -> Trace:
+    notes = list[str]()
+    after = [line for _, line in spans]
+    seconds = sum(line["wall_seconds"] - before["wall_seconds"] for before, line in spans)
+    samples = sum(line["samples"]["trained"] for line in after)
+    cells = {cell: _mean_cell(after, cell) for cell in CELLS if cell[1] in config.flow.tasks}
+    weights = {cell: _runs_of(cell, config) for cell in cells}
+    runs = sum(line["cells"].get(cell_name(cell), {"n": 0})["n"] * weights[cell] for line in after for cell in cells)
+    forks = _grown(spans, "sandbox", "forks")
+    check_seconds = _grown(spans, "sandbox", "busy_seconds") if cores is None else _total(after, "cpu", "sandbox")
+    engine = _engine(config, spans, cores, notes)
+    fixed, per_token = _learner(after, cores)
+    pause = median(line["weights"]["pause_seconds"] for line in after)
+    push = median(line["weights"]["push_seconds"] for line in after)
+    machine = Machine(
+        engines=config.inference_workers,
+        slots=config.engine.slots,
+        step_seconds=engine[0],
+        row_seconds=engine[1],
+        prompt_seconds=engine[2],
+        sandbox_workers=config.sandbox.workers,
+        check_seconds=check_seconds / max(1.0, forks),
+        file_seconds=_total(after, "cpu", "selfplay") / max(1, samples),
+        learner_seconds=fixed,
+        learner_token_seconds=per_token,
+        push_seconds=max(0.0, push - pause) if cores is None else 0.0,  # else it is CPU time, and counted already
+        pause_seconds=pause,
+        cores=cores,
+    )
+    lags = [(line["lag"]["mean"], line["ess"]) for line in after if line["lag"]["mean"] > 0 and line["ess"]]
+    if not lags:
+        notes.append("the trace has no stale data, so ess is taken as 1 at every lag")
+    workload = Workload(
+        max_lag=config.flow.lag_limit,
+        propose_samples=config.flow.propose_samples,
+        solve_samples=config.flow.solve_samples,
+        attempts=config.solve.attempts,
+        trained_attempts=config.solve.trained_attempts,
+        tasks=config.flow.tasks,
+        cells={
+            cell: CellLoad(tokens=tokens, tokens_std=std, checks=weights[cell] * forks / max(1.0, runs))
+            for cell, (tokens, std) in cells.items()
+        },
+        valid_rate=_mean(x for line in after for x in line["valid_rate"].values()),
+        late=config.flow.late,
+        ess_loss=fmean((1.0 / ess - 1.0) / lag for lag, ess in lags) if lags else 0.0,
+        evaluated_samples=evaluated_samples,
+        evaluated_proposals=config.evaluation.proposals * len(config.flow.tasks),
+        evaluated_every=config.evaluation.every_steps,
+    )
+    return Trace(
+        config=config, machine=machine, workload=workload, steps_per_second=len(spans) / seconds, notes=tuple(notes)
+    )
+
+
+def _mean_cell(lines: Sequence[Line], cell: Cell) -> tuple[float, float]:
+    seen = [found for line in lines if "tokens" in (found := line["cells"].get(cell_name(cell), {}))]
+    return _mean(one["tokens"] for one in seen) or 1.0, _mean(one["tokens_std"] for one in seen)
+
+
+def _runs_of(cell: Cell, config: Config) -> float:
+    """Sandbox runs that a sample asks for; how many of them a malformed or remembered one saves, the trace tells."""
+    if cell[0] == "propose":
+        return float(config.propose.determinism_runs)
+    return {"deduction": 0.0, "abduction": 1.0, "induction": float(INDUCTION_RUNS)}[cell[1]]
+
+
+def _engine(
+    config: Config, spans: Sequence[tuple[Line, Line]], cores: float | None, notes: list[str]
+) -> tuple[float, float, float]:
+    """Seconds of a step, of a row in it, of a prompt."""
+    last = spans[-1][1]
+    pace = last["engines"].get("pace", {})
+    if not pace.get("steps"):
+        notes.append("the engine does not tell its steps, so its rate is taken to be the same at any concurrency")
+        busy = ((line["wall_seconds"] - before["wall_seconds"]) * line["busy"]["inference"] for before, line in spans)
+        tokens = _total([line for _, line in spans], "tokens", "generated")
+        return 0.0, sum(busy) * config.inference_workers / max(1.0, tokens), 0.0
+    n, x, xx, y, xy = (pace[name] for name in ("steps", "rows", "rows_squared", "step_seconds", "rows_seconds"))
+    spread = n * xx - x * x
+    row = max(0.0, (n * xy - x * y) / spread) if spread > 0 else y / x
+    step = max(0.0, (y - row * x) / n)
+    if cores is not None:  # what the process does besides: moving messages, receiving weights
+        inside = sum(_grown(spans, "engines", "pace", name) for name in ("step_seconds", "prefill_seconds"))
+        beside = max(0.0, _grown(spans, "engines", "cpu_seconds") - inside)
+        row += beside / max(1.0, _grown(spans, "engines", "pace", "rows"))
+    return step, row, pace["prefill_seconds"] / max(1.0, pace["prompts"])
+
+
+def _learner(lines: Sequence[Line], cores: float | None) -> tuple[float, float]:
+    """Seconds of a step and of a trained token in it: a line through the steps, neither part below zero."""
+    x = [float(line["tokens"]["trained"]) for line in lines]
+    y = [line["train_seconds"] if cores is None else line["cpu"]["learner"] for line in lines]
+    mean_x, mean_y = fmean(x), fmean(y)
+    spread = sum((one - mean_x) ** 2 for one in x)
+    slope = sum((one - mean_x) * (two - mean_y) for one, two in zip(x, y, strict=True)) / spread if spread else math.inf
+    slope = min(max(slope, 0.0), mean_y / mean_x)
+    return mean_y - slope * mean_x, slope
+
+
+def _total(lines: Sequence[Line], group: str, name: str) -> float:
+    return float(sum(line.get(group, {}).get(name) or 0.0 for line in lines))
+
+
+def _grown(spans: Sequence[tuple[Line, Line]], *names: str) -> float:
+    """By how much a counter that only grows has grown in these spans."""
+
+    def count_in(line: Line) -> float:
+        *groups, last = names
+        for name in groups:
+            line = line.get(name, {})
+        return float(line.get(last) or 0.0)
+
+    return sum(max(0.0, count_in(after) - count_in(before)) for before, after in spans)
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else 0.0

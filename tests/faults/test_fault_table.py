@@ -1,0 +1,54 @@
+"""The table of what broken runs have shown counts every fault once, where it belongs."""
+
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from azr_async.algorithm.fault_schedule import Fault, Plan
+from azr_async.config import Config
+from azr_async.faults.inflict import Done
+from azr_async.programs.fault_run import Inflicted, Story, silence_seconds
+from azr_async.programs.fault_table import inflicted, report, table, target_kind
+
+KILL = Fault(kind="kill", target="inference-1", step=3, after_seconds=0.0)
+DROP = Fault(kind="drop", target="inference-0-jobs from selfplay", step=4, after_seconds=0.0)
+
+
+def story(violations: list[str]) -> Story:
+    plan = Plan(number=4, seed=1, workers=2, ranks=1, max_lag=0, faults=(KILL, DROP))
+    made = Story(plan, Path("run-004"), violations=violations, attempts=2)
+    made.inflicted = [
+        Inflicted(KILL, 4, 1, Done("process 1", True), step=3, outcome="went on"),
+        Inflicted(DROP, 4, 1, Done(), step=4),
+    ]
+    return made
+
+
+def test_targets_are_named_without_their_numbers() -> None:
+    assert target_kind("inference-1") == "inference"
+    assert target_kind("inference-0-jobs from selfplay") == "inference-jobs"
+    assert target_kind("selfplay-results from inference-1") == "selfplay-results"
+
+
+def test_only_faults_that_hit_something_are_inflicted() -> None:
+    stories = [story([]), story(["lost"])]
+    assert inflicted(stories) == 2
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(stories))
+    rows = [line.split() for line in console.export_text().splitlines()]
+    assert ["kill", "inference", "2", "2"] in rows
+    assert ["drop", "inference-jobs", "0", "2"] in rows
+
+
+def test_the_report_is_json_and_counts_violations() -> None:
+    told = json.loads(json.dumps(report([story([]), story(["lost"])], seed=3, arguments=["--seed", "3"])))
+    assert (told["violations"], told["inflicted"], told["hangs"], told["seed"]) == (1, 2, 0, 3)
+    assert [fault["outcome"] for fault in told["runs"][0]["faults"]] == ["went on", "missed"]
+    assert told["versions"].keys() >= {"python", "torch", "azr_async"}
+
+
+def test_a_hang_is_longer_than_every_deadline_of_the_configuration() -> None:
+    wires = Config().wires
+    assert silence_seconds(Config()) > 2 * (wires.start_seconds + wires.step_seconds) + wires.stop_seconds

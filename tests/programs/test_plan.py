@@ -1,0 +1,143 @@
+"""The planner on written traces: it finds the speeds that the trace was written with, and says what it cannot know."""
+
+import json
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from azr_async.config import Config
+from azr_async.errors import ConfigError
+from azr_async.messages import CELLS, cell_name
+from azr_async.programs.plan import main
+from azr_async.programs.trace import read_trace
+
+STEP, ROW, PROMPT, FORK, FILE, LEARNER, TOKEN = 0.004, 0.0001, 0.002, 0.003, 0.0005, 0.05, 0.0001
+
+Run = Callable[..., Path]
+
+
+def line(step: int, rows: list[int]) -> dict[str, Any]:
+    """The numbers that a run with these speeds would write; `rows` are those of each engine step so far."""
+    tokens = 1000 + 100 * (step % 3)
+    seconds = [STEP + ROW * count for count in rows]
+    return {
+        "step": step,
+        "version": step,
+        "wall_seconds": 0.5 * step,
+        "ess": 1.0 / 1.01,
+        "lag": {"mean": 1.0, "max": 2, "bound": 2},
+        "valid_rate": {"deduction": 0.8, "abduction": 0.9, "induction": None},
+        "tokens": {"trained": tokens, "generated": tokens},
+        "samples": {"trained": 312},
+        "busy": {"inference": 0.5, "learner": 0.3, "sandbox": 0.2},
+        "cpu": {"selfplay": FILE * 312, "sandbox": FORK * 300, "learner": LEARNER + TOKEN * tokens},
+        "weights": {"push_seconds": 0.03, "pause_seconds": 0.01},
+        "train_seconds": LEARNER + TOKEN * tokens,
+        "cells": {
+            cell_name(cell): {"n": 8 if cell[0] == "propose" else 96, "tokens": 9.0, "tokens_std": 2.0}
+            for cell in CELLS
+        },
+        "sandbox": {"forks": 300.0 * step, "busy_seconds": 300.0 * FORK * step},
+        "engines": {
+            "cpu_seconds": sum(seconds) + PROMPT * 30 * step,
+            "pace": {
+                "steps": len(rows),
+                "rows": sum(rows),
+                "rows_squared": sum(count * count for count in rows),
+                "step_seconds": sum(seconds),
+                "rows_seconds": sum(count * second for count, second in zip(rows, seconds, strict=True)),
+                "prompts": 30.0 * step,
+                "prefill_seconds": PROMPT * 30 * step,
+            },
+        },
+    }
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Run:
+    def write(steps: int = 20, **config: Any) -> Path:  # noqa: ANN401
+        rows = list(accumulate(([(37 * step) % 256 + 1] * 20 for step in range(1, steps + 1)), initial=list[int]()))
+        (tmp_path / "config.yaml").write_text(
+            yaml.safe_dump(json.loads(Config.model_validate(config).model_dump_json()))
+        )
+        text = "".join(json.dumps(line(step, rows[step])) + "\n" for step in range(1, steps + 1))
+        (tmp_path / "metrics.jsonl").write_text(text)
+        return tmp_path
+
+    return write
+
+
+def test_the_speeds_of_a_trace_are_found(run_dir: Run) -> None:
+    machine = read_trace(run_dir(), cores=2).machine
+    assert machine.step_seconds == pytest.approx(STEP, rel=1e-3)
+    assert machine.row_seconds == pytest.approx(ROW, rel=1e-3)
+    assert machine.prompt_seconds == pytest.approx(PROMPT)
+    assert machine.check_seconds == pytest.approx(FORK)
+    assert machine.file_seconds == pytest.approx(FILE)
+    assert machine.learner_seconds == pytest.approx(LEARNER)
+    assert machine.learner_token_seconds == pytest.approx(TOKEN)
+    assert (machine.cores, machine.pause_seconds) == (2, 0.01)
+
+
+def test_the_work_of_a_trace_is_found(run_dir: Run) -> None:
+    work = read_trace(run_dir(), cores=None).workload
+    assert work.valid_rate == pytest.approx(0.85)
+    assert work.ess_loss == pytest.approx(0.01)
+    assert work.cells["solve", "deduction"].checks == 0.0
+    runs = sum((8 if cell[0] == "propose" else 96) * load.checks for cell, load in work.cells.items())
+    assert runs == pytest.approx(300)
+
+
+def test_splits_and_lags_are_predicted_and_one_is_recommended(run_dir: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = run_dir()
+    assert main(["--trace", str(trace), "--gpus", "3", "--max-lag", "0,2", "--steps", "12", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    plans = {(one["inference_gpus"], one["train_gpus"], one["max_lag"]): one for one in answer["plans"]}
+    assert plans.keys() == {(1, 2, 0), (1, 2, 2), (2, 1, 0), (2, 1, 2)}
+    assert plans[2, 1, 2]["tokens_per_second"] > plans[2, 1, 0]["tokens_per_second"]
+    assert plans[2, 1, 0]["lag_mean"] == 0
+    assert plans[2, 1, 0]["ess"] == 1.0
+    assert answer["recommended"]["useful_tokens_per_second"] >= 0.98 * max(
+        one["useful_tokens_per_second"] for one in answer["plans"]
+    )
+    assert "limits it" in answer["reason"]
+
+
+def test_the_table_names_the_options_to_use(run_dir: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--trace", str(run_dir()), "--max-lag", "1", "--steps", "8", "--cores", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "Recommended: --max-lag 1." in text
+    assert "The trace ran 2 steps/s" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--gpus", "1"], "--gpus 1 cannot be split: engines span 1 of them"),
+        (["--gpus", "4", "--split", "4+1"], "--split 4+1 cannot be had of 4 GPUs"),
+        (["--split", "1+1"], "--split needs --gpus"),
+    ],
+)
+def test_an_impossible_split_is_one_clear_error(
+    run_dir: Run, capsys: pytest.CaptureFixture[str], options: list[str], told: str
+) -> None:
+    assert main(["--trace", str(run_dir()), *options]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_a_trace_that_is_too_short_says_how_to_make_a_longer_one(
+    run_dir: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--trace", str(run_dir(7))]) == 2
+    assert "has 2 steps to learn from" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no metrics\.jsonl in"):
+        read_trace(tmp_path, cores=2)
