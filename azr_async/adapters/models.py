@@ -37,8 +37,8 @@ def load_model(
         model, report = _read(source, getattr(torch, precision), torch.device(device))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
-            f"the model {source} cannot be loaded: {error} Point model.path at a Hugging Face folder with config.json, "
-            "weights in safetensors form and a tokenizer, or at a hub id."
+            f"the model {source} cannot be loaded: {str(error).rstrip('.')}. Point model.path at a Hugging Face folder "
+            "with config.json, weights in safetensors form and a tokenizer, or at a hub id."
         ) from error
     # Where files are missing, transformers goes on with an empty tokenizer, or with random numbers.
     if len(tokenizer) <= len(tokenizer.all_special_ids):

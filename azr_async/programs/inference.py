@@ -115,6 +115,10 @@ def _engine_server(config: Config, name: str) -> AbstractAsyncContextManager[Eng
     return (vllm_server if config.engine_kind == "vllm" else embedded_server)(config, name)
 
 
+class _Left(Exception):
+    """Self-play is gone."""
+
+
 class Client:
     """Self-play, whoever that is by now. When one is gone its jobs are dropped, and the worker tells the next one that
     it is there: the weights stay."""
@@ -129,7 +133,9 @@ class Client:
         self._silent = asyncio.Event()
 
     def take(self, order: GenerateJob | CancelJob) -> None:
-        """Self-play orders something."""
+        """Self-play orders something. Nobody waits for a late order of one that is gone."""
+        if self.gone.is_set():
+            return
         self._server.give(self._jobs.order(order))
 
     def give(self, results: GenerationResults) -> None:
@@ -145,15 +151,17 @@ class Client:
     async def serve(self) -> None:
         """Tell self-play what it has asked for. Raises PeerVanished when nobody comes in time."""
         while True:
-            async with self._connect() as selfplay:
-                self.gone.clear()
-                self._silent.clear()
-                try:
-                    await selfplay.send(self._ready)
-                    why = await self._until_lost(selfplay)
-                except (PeerVanished, ChannelClosed) as lost:
-                    why = str(lost)
-                self._forget(why)
+            with suppress(_Left):
+                async with self._connect() as selfplay:
+                    self.gone.clear()
+                    self._silent.clear()
+                    try:
+                        await selfplay.send(self._ready)
+                        why = await self._until_lost(selfplay)
+                    except (PeerVanished, ChannelClosed) as lost:
+                        why = str(lost)
+                    self._forget(why)
+                    raise _Left  # who leaves with an error does not wait for a farewell
 
     async def _until_lost(self, selfplay: ToSelfPlay) -> str:
         async def forward() -> None:

@@ -47,9 +47,11 @@ class LagBound:
         return self._by_version.setdefault(version, self.now)
 
     def of_batch(self, version: int) -> int:
-        """The bound of a batch that weights of `version` train on: the largest of those that its samples may have."""
-        reaching = (bound for admitted, bound in self._by_version.items() if admitted + bound >= version >= admitted)
-        return max(reaching, default=self.now)
+        """The bound of a batch that weights of `version` train on: the largest of those that its samples may have.
+
+        One admitted long ago may be there as well: its age counts from its first token.
+        """
+        return max((bound for admitted, bound in self._by_version.items() if admitted <= version), default=self.now)
 
     def measured(self, measurement: Measurement) -> None:
         """A step was trained; it may lead to another bound from the next version on."""

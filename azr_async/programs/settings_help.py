@@ -14,8 +14,8 @@ EXAMPLES: Final = (
     ("the starter model on the CPU: minutes, no GPU, no download", "python run.py"),
     ("the same, synchronous, shorter, another seed", "python run.py --max-lag 0 --steps 40 --seed 3"),
     (
-        "asynchronous Absolute Zero of a 1.5B model on eight GPUs (not sharded yet: up to 3B on 80 GB)",
-        "python run.py --config configs/azr-async-7b.yaml --model Qwen/Qwen2.5-1.5B",
+        "asynchronous Absolute Zero of a 7B model on eight GPUs",
+        "python run.py --config configs/azr-async-7b.yaml --model /models/my-7b",
     ),
     ("look before you start: settings and placement", "python run.py --inference-gpus 4 --train-gpus 4 --dry-run"),
     ("any setting by its name", "python run.py --learner.objective cispo --solve.attempts 16"),

@@ -47,6 +47,7 @@ class Supervisor:
         self._group = asyncio.TaskGroup()
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._leaving: set[str] = set()
+        self._added: set[str] = set()
         self._silent: set[str] = set()
         self._deadlines = deadlines
         self._processes: dict[str, Process] = {}
@@ -77,8 +78,9 @@ class Supervisor:
             _kill_group(process.pid)
 
     def add(self, spec: ProgramSpec) -> None:
-        """One program more."""
+        """One program more. The run was well without it: should it be lost for good, the run goes on."""
         self._specs.append(spec)
+        self._added.add(spec.name)
         self._keepers[spec.name] = self._group.create_task(self._keep(spec), name=spec.name)
 
     def remove(self, name: str) -> None:
@@ -88,11 +90,11 @@ class Supervisor:
             self._keepers[name].cancel()
             self._forget(name)
             return
-        self._tell([name])
-        process = self._processes[name]
+        self._tell([name])  # one that is not there yet is told by `_run_once`
 
         def kill() -> None:
-            if process.returncode is None:
+            process = self._processes.get(name)
+            if process is not None and process.returncode is None:
                 _kill_group(process.pid)
 
         asyncio.get_running_loop().call_later(self._deadlines.stop_seconds, kill)
@@ -119,7 +121,8 @@ class Supervisor:
         """Run a program to its end; while its loss can be borne again and again, each time after a longer rest."""
         while True:
             ended = await self._run_once(spec)
-            if spec.name in self._leaving:
+            is_spare = spec.name in self._added and not self._is_winding_down.is_set() and not self._stop_wishes
+            if spec.name in self._leaving or (is_spare and not self._is_started_again(spec, ended)):
                 self._forget(spec.name)
                 self._on_removed(ended)
                 return
@@ -146,6 +149,8 @@ class Supervisor:
             )
         self._processes[spec.name] = process
         self._changed.set()
+        if spec.name in self._leaving:
+            self._tell([spec.name])
         try:
             status = await process.wait()
             return Ended(

@@ -1,6 +1,7 @@
 """More and fewer inference workers while a run goes on."""
 
-from collections.abc import Awaitable, Callable, Collection
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from azr_async.errors import ConfigError
@@ -23,12 +24,17 @@ class Workforce:
     """Where the worker of this number goes, beside those on these GPUs. Raises ConfigError when there is no room."""
     make: Callable[[Placed], ProgramSpec]
     _ever: int = field(init=False)
+    _turn: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
         self._ever = 1 + max(map(worker_index, self._workers()))
 
     async def carry_out(self, order: WorkersOrder) -> str:
         """What was done, for people. Raises ConfigError, and does nothing, when that cannot be."""
+        async with self._turn:  # else two orders could give one number, or one GPU, twice
+            return await self._carry_out(order)
+
+    async def _carry_out(self, order: WorkersOrder) -> str:
         if not self.supervisor.is_under_way:
             raise ConfigError("the run is still starting. Ask again once it has taken its first step.")
         here = self._workers()
@@ -70,6 +76,11 @@ class Workforce:
         return added
 
     def _told(self, added: list[str], removed: list[str]) -> str:
-        come = f"{', '.join(added)} will get the newest weights, then jobs." if added else ""
-        go = f"{', '.join(removed)} will leave; what is not finished is made by the others." if removed else ""
+        come = f"{_span(added)} will get the newest weights, then jobs." if added else ""
+        go = f"{_span(removed)} will leave; what is not finished is made by the others." if removed else ""
         return " ".join(filter(None, [come, go])) or "There is nothing to change."
+
+
+def _span(names: Sequence[str]) -> str:
+    """Few by name, many by the first and the last."""
+    return ", ".join(names) if len(names) <= 8 else f"{len(names)} workers, {names[0]} to {names[-1]},"

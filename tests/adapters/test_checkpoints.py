@@ -162,7 +162,8 @@ def save_for_ever(root: Path, acknowledge: Connection) -> None:
 def test_a_writer_that_is_killed_leaves_the_last_one_whole(tmp_path: Path, seen: str) -> None:
     """At once when this file of the third one appears: between two files, or before it gets its name."""
     told, acknowledge = multiprocessing.Pipe(duplex=False)
-    writer = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(tmp_path, acknowledge))
+    # Not a fork: a killed one could take a lock with it that all forks share, such as tqdm's.
+    writer = multiprocessing.get_context("spawn").Process(target=save_for_ever, args=(tmp_path, acknowledge))
     writer.start()
     try:
         acknowledge.close()

@@ -23,6 +23,7 @@ from azr_async.messages import (
     EvaluationResult,
     GenerateJob,
     GenerationResults,
+    Handover,
     JoinWeights,
     Message,
     Progress,
@@ -118,10 +119,14 @@ MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
         version=counts,
         rollouts=tuples(rollouts()),
         stats=st.dictionaries(texts, numbers, max_size=3),
+        incarnation=counts,
     ),
+    Handover: st.builds(Handover, incarnation=counts, has_begun=st.booleans(), held=tuples(counts)),
     StateRequest: st.builds(StateRequest, version=counts),
-    SelfPlayState: st.builds(SelfPlayState, version=counts, state=texts),
-    WeightsReady: st.builds(WeightsReady, version=counts, workers=st.dictionaries(texts, counts, max_size=3)),
+    SelfPlayState: st.builds(SelfPlayState, version=counts, state=texts, incarnation=counts),
+    WeightsReady: st.builds(
+        WeightsReady, version=counts, workers=st.dictionaries(texts, counts, max_size=3), max_lag=counts | st.none()
+    ),
     EvaluationRequest: st.builds(EvaluationRequest, version=counts),
     EvaluationResult: st.builds(
         EvaluationResult, version=counts, tasks=tuples(st.sampled_from(TASKS)), solved=tuples(st.booleans())
@@ -232,25 +237,37 @@ def decoded_or_refused(data: bytes) -> type[object]:
         ({"WeightsReady": {"version": 1, "workers": {}}, "BatchRequest": {"version": 1}}, "map of one entry"),
         ({"os.system": {}}, "'os.system' is not a kind of message"),
         ({"WeightsReady": [1]}, "WeightsReady: expected a map of fields, got tuple"),
-        ({"WeightsReady": {}}, "WeightsReady: missing or unknown fields: version"),
-        ({"WeightsReady": {"version": 1, "extra": 1, "workers": {}}}, "WeightsReady: missing or unknown fields: extra"),
-        ({"WeightsReady": {"version": "1", "workers": {}}}, "WeightsReady.version: Input should be a valid integer"),
-        ({"WeightsReady": {"version": 1.0, "workers": {}}}, "WeightsReady.version: Input should be a valid integer"),
-        ({"WeightsReady": {"version": True, "workers": {}}}, "WeightsReady.version: Input should be a valid integer"),
+        ({"WeightsReady": {}}, "WeightsReady: missing or unknown fields: max_lag, version"),
+        (
+            {"WeightsReady": {"version": 1, "extra": 1, "workers": {}, "max_lag": None}},
+            "WeightsReady: missing or unknown fields: extra",
+        ),
+        (
+            {"WeightsReady": {"version": "1", "workers": {}, "max_lag": 2}},
+            "WeightsReady.version: Input should be a valid integer",
+        ),
+        (
+            {"WeightsReady": {"version": 1.0, "workers": {}, "max_lag": 2}},
+            "WeightsReady.version: Input should be a valid integer",
+        ),
+        (
+            {"WeightsReady": {"version": True, "workers": {}, "max_lag": 2}},
+            "WeightsReady.version: Input should be a valid integer",
+        ),
         (
             {"WorkerReady": {"worker": b"w", "endpoint": "", "slots": 1, "ranks": 1, "incarnation": 1}},
             "WorkerReady.worker: Input should be",
         ),
         (
-            {"RolloutBatch": {"version": 1, "rollouts": [{}], "stats": {}, "notes": {}}},
+            {"RolloutBatch": {"version": 1, "rollouts": [{}], "stats": {}, "notes": {}, "incarnation": 0}},
             "Rollout: missing or unknown fields",
         ),
         (
-            {"RolloutBatch": {"version": 1, "rollouts": [], "stats": {"a": "1"}, "notes": {}}},
+            {"RolloutBatch": {"version": 1, "rollouts": [], "stats": {"a": "1"}, "notes": {}, "incarnation": 0}},
             "RolloutBatch.stats: Input should be",
         ),
         (
-            {"EvaluationResult": {"version": 1, "tasks": ["guess"], "solved": [True], "valid": {}}},
+            {"EvaluationResult": {"version": 1, "tasks": ["guess"], "solved": [True], "valid": {}, "incarnation": 0}},
             "EvaluationResult.tasks: Input",
         ),
         ({"PushWeights": {"version": 1, "group": 0, "canary_ids": [[1]]}}, "one-dimensional int32 array"),
@@ -289,7 +306,7 @@ def test_arrays_of_one_message_that_disagree_are_refused() -> None:
 
 
 def nested(completion: dict[str, Any]) -> bytes:
-    results = {"worker": "w", "completions": [completion], "busy_seconds": 0.0, "generated_tokens": 0}
+    results = {"worker": "w", "completions": [completion], "busy_seconds": 0.0, "generated_tokens": 0, "numbers": {}}
     return bytes(msgpack.packb({"GenerationResults": results}))
 
 

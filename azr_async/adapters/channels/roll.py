@@ -79,7 +79,7 @@ class Roll:
                 return self._hear_message(peer, _count(number), payload)
             case [protocol.HELLO, _]:
                 return [self._welcome(peer)]
-            case [protocol.CLOSE | protocol.BEAT, number] if _count(number) != peer.arrived:
+            case [protocol.CLOSE | protocol.BEAT, number] if _count(number) > peer.arrived:
                 return self._damaged(peer)
             case [protocol.CLOSE, _]:
                 del self.peers[identity]
@@ -146,6 +146,7 @@ class Roll:
     def close(self) -> list[Frames]:
         """Nothing more is wanted from anybody."""
         told: list[Frames] = [_told(identity, protocol.CLOSED) for identity in self.peers]
+        told += [_told(identity, protocol.GOODBYE) for identity in self._flushed]  # the first may have been lost
         self.peers.clear()
         self.arrived.clear()
         return told

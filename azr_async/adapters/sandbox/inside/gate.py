@@ -26,8 +26,12 @@ _SPECIAL_METHODS: Final = """
 SPECIAL_METHODS: Final = frozenset(f"__{name}__" for name in _SPECIAL_METHODS.split())
 
 _DIFFERENT_EVERYWHERE: Final = frozenset({"set", "frozenset", "hash", "id"})
-_CLOCKS: Final = frozenset({"time", "datetime", "calendar"})
-_MAYBE_DOUBTFUL: Final = frozenset({ast.Set, ast.SetComp, ast.Name, ast.BinOp, ast.Import, ast.ImportFrom})
+_CHANCE: Final = frozenset({"time", "datetime", "calendar", "random", "weakref", "queue"})
+"""Modules that hold a clock, dice, or an order of addresses."""
+_OF_SETS: Final = (ast.BitAnd, ast.BitOr, ast.BitXor)
+_MAYBE_DOUBTFUL: Final = frozenset(
+    {ast.Set, ast.SetComp, ast.Name, ast.Attribute, ast.BinOp, ast.Import, ast.ImportFrom}
+)
 
 
 def refusal(nodes: Iterable[ast.AST], allowed_imports: Collection[str]) -> str | None:
@@ -49,7 +53,12 @@ def is_doubtful(nodes: Iterable[ast.AST]) -> bool:
 
     Such a dependence is often one between two outcomes, which two runs find only every other time.
     """
-    return any(_makes_doubtful(node) for node in nodes if type(node) in _MAYBE_DOUBTFUL)
+    asked = [node for node in nodes if type(node) in _MAYBE_DOUBTFUL]
+    if any(_makes_doubtful(node) for node in asked):
+        return True
+    # Views may be held in names before they are combined.
+    has_view = any(isinstance(node, ast.Attribute) and node.attr in ("keys", "items") for node in asked)
+    return has_view and any(isinstance(node, ast.BinOp) and isinstance(node.op, _OF_SETS) for node in asked)
 
 
 def read_dicts_by_vars(nodes: Sequence[ast.AST]) -> None:
@@ -74,14 +83,14 @@ def _makes_doubtful(node: ast.AST) -> bool:
     match node:
         case ast.Name(id=name):
             return name in _DIFFERENT_EVERYWHERE
-        case ast.Set() | ast.SetComp():
+        case ast.Set() | ast.SetComp() | ast.Attribute(attr="__hash__"):
             return True
         case ast.BinOp(op=ast.BitAnd() | ast.BitOr() | ast.BitXor() | ast.Sub(), left=left, right=right):
             return _is_view(left) or _is_view(right)
         case ast.Import(names=names):
-            return any(alias.name in _CLOCKS for alias in names)
+            return any(alias.name in _CHANCE for alias in names)
         case ast.ImportFrom(module=module):
-            return module in _CLOCKS
+            return module in _CHANCE
     return False
 
 

@@ -20,13 +20,13 @@ DOUBTFUL: Final = b"?"
 
 def read_frame(fd: int) -> bytes | None:
     """The next frame's content; None at the end of the stream. Nobody sends a second frame before it is answered."""
-    content = os.read(fd, CHUNK_BYTES)
+    content = bytearray(os.read(fd, CHUNK_BYTES))
     while len(content) < 4 or len(content) < 4 + int.from_bytes(content[:4], "little"):
         chunk = os.read(fd, CHUNK_BYTES)
         if not chunk:
             return None
-        content += chunk
-    return content[4:]
+        content += chunk  # in place: a frame of megabytes is not copied for every piece of it
+    return bytes(memoryview(content)[4:])
 
 
 def write_frame(fd: int, content: bytes) -> None:

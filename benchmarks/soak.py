@@ -1,0 +1,134 @@
+"""Do memory and descriptors of every process of a run stay flat? One long run, looked at from outside.
+
+A run of as many steps as fit the time; every ten seconds resident memory, descriptors and threads of each process that
+carries the run's folder in its command line. The sandbox's zygotes and parsers count as one. The first fifth is
+warm-up; of the rest, the table shows the medians of its first and last quarter, and the growth in an hour.
+
+    python benchmarks/soak.py --minutes 30 --output benchmarks/results/soak.json
+"""
+
+import argparse
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+from whole_runs import REPOSITORY, read_lines, write_json
+
+LOOK_SECONDS = 10.0
+END_SECONDS = 120.0
+WARM_UP_SHARE = 0.2
+
+Sample = dict[str, tuple[float, int, int]]
+"""By process: resident MB, descriptors, threads."""
+
+
+def main() -> None:
+    """Run, look, and print."""
+    arguments = _parser().parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        samples, lines = soak(Path(scratch) / "run", 60.0 * arguments.minutes, arguments.options)
+    rows = summary(samples)
+    show(rows)
+    trained = lines[-1]
+    print(f"{trained['step']} steps in {trained['wall_seconds']:.0f} s, library {trained['library']}")
+    write_json(arguments.output, "soak", {"minutes": arguments.minutes, "steps": trained["step"], "processes": rows})
+
+
+def soak(run_dir: Path, seconds: float, options: list[str]) -> tuple[list[Sample], list[dict[str, Any]]]:
+    """A run that is stopped after so many seconds; what was seen of it, and its lines."""
+    command = [sys.executable, str(REPOSITORY / "run.py"), "--output", str(run_dir), "--steps", "1000000", *options]
+    samples, began = list[Sample](), time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as run:
+        while time.monotonic() < began + seconds and run.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                run.wait(LOOK_SECONDS)
+            samples.append(look(run_dir))
+            Console(stderr=True).print(f"{time.monotonic() - began:5.0f} s of {seconds:.0f}", end="\r")
+        if run.poll() is not None:
+            raise SystemExit(f"the run ended by itself with status {run.returncode}; see what it said above.")
+        run.send_signal(signal.SIGINT)
+        run.wait(END_SECONDS)
+    return samples, read_lines(run_dir / "metrics.jsonl")
+
+
+def look(run_dir: Path) -> Sample:
+    """Every process of the run, now."""
+    seen: defaultdict[str, tuple[float, int, int]] = defaultdict(lambda: (0.0, 0, 0))
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if not any(str(run_dir) in word for word in words):
+            continue
+        with suppress(psutil.Error):
+            name, memory = _name(words), process.memory_info().rss / 2**20
+            before = seen[name]
+            seen[name] = (before[0] + memory, before[1] + process.num_fds(), before[2] + process.num_threads())
+    return dict(seen)
+
+
+def _name(words: list[str]) -> str:
+    for word in words:
+        if word.startswith("azr_async.programs."):
+            return word.rpartition(".")[2]
+    return "launcher" if any(word.endswith("run.py") for word in words) else "sandbox"
+
+
+def summary(samples: list[Sample]) -> dict[str, dict[str, float]]:
+    """Medians of the first and last quarter after the warm-up, by process."""
+    steady = samples[int(len(samples) * WARM_UP_SHARE) :]
+    quarter = max(1, len(steady) // 4)
+    hours = (len(steady) - quarter) * LOOK_SECONDS / 3600
+    rows = {}
+    for name in sorted(steady[0]):
+        columns = [[sample.get(name, (0.0, 0, 0))[column] for sample in steady] for column in range(3)]
+        first, last = ([statistics.median(part) for part in parts] for parts in _ends(columns, quarter))
+        rows[name] = {
+            "mb_first": first[0],
+            "mb_last": last[0],
+            "mb_per_hour": (last[0] - first[0]) / hours if hours else 0.0,
+            "descriptors_first": first[1],
+            "descriptors_last": last[1],
+            "threads_first": first[2],
+            "threads_last": last[2],
+        }
+    return rows
+
+
+def _ends(columns: list[list[float]], quarter: int) -> tuple[list[list[float]], list[list[float]]]:
+    return [column[:quarter] for column in columns], [column[-quarter:] for column in columns]
+
+
+def show(rows: dict[str, dict[str, float]]) -> None:
+    """First and last, side by side."""
+    table = Table("process", "MB first", "MB last", "MB an hour", "descriptors", "threads")
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            f"{row['mb_first']:.1f}",
+            f"{row['mb_last']:.1f}",
+            f"{row['mb_per_hour']:+.1f}",
+            f"{row['descriptors_first']:.0f} -> {row['descriptors_last']:.0f}",
+            f"{row['threads_first']:.0f} -> {row['threads_last']:.0f}",
+        )
+    Console(width=110).print(table)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--output", type=Path, help="write the results as JSON, too")
+    parser.add_argument("options", nargs="*", help="of run.py, after --")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
