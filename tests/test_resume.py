@@ -7,7 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,8 @@ def kill_all_while_writing(step: int, output: Path, *options: str) -> None:
     finally:
         programs = psutil.Process(process.pid).children(recursive=True)
         for pid in (process.pid, *(program.pid for program in programs)):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # programs of the sandbox come and go
+                os.kill(pid, signal.SIGKILL)
         process.communicate()
         psutil.wait_procs(programs, timeout=10)
 

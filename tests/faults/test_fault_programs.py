@@ -35,9 +35,12 @@ print(json.dumps([str(wires), (wires / "mine").read_text(), (wires / "launcher.p
 @pytest.fixture
 def sleeper(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """Looks like a program of a run in `tmp_path`; writes into a file for ever."""
-    code = "import sys, time\nwhile True:\n open(sys.argv[-1], 'ab', 0).write(bytes(1000)); time.sleep(0.01)"
+    write = "open(sys.argv[-1], 'ab', 0).write(bytes(1000)); time.sleep(0.01)"
+    code = f"import sys, time\nprint(flush=True)\nwhile True:\n {write}"
     words = ["azr_async.programs.learner", "--rank", "1", "--run-dir", str(tmp_path), str(tmp_path / "file")]
-    process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()  # only now its command line is there to be read
     yield process
     process.kill()
     process.communicate()
