@@ -191,7 +191,7 @@ def written(before: Entries, changes: Entries) -> dict[SampleId, Entry]:
 
 
 def rolled_back(entries: Entries, version: int) -> dict[SampleId, Entry]:
-    """The ledger of a run that goes on from a checkpoint of `version`.
+    """The ledger of a run that goes on from a checkpoint of `version`. The journal does this in SQL; tests compare.
 
     What these weights contain is trained; what was dropped before stays so. Every other sample is open anew, for its
     completion is gone, and those that were leased under weights of `version` or newer have never been.
@@ -201,7 +201,8 @@ def rolled_back(entries: Entries, version: int) -> dict[SampleId, Entry]:
 
 
 def taken_over(entries: Entries, version: int, held: Collection[int]) -> dict[SampleId, Entry]:
-    """The ledger when self-play is started again under a learner that goes on.
+    """The ledger when self-play is started again under a learner that goes on. The journal does this in SQL; tests
+    compare.
 
     It is at `version` and has the batches of the versions `held`: those are not composed again. A batch that it does
     not have never reached it: its samples are open anew, as are all whose completions are gone.

@@ -3,12 +3,13 @@
 import asyncio
 import signal
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from azr_async.algorithm.fault_schedule import ON_WIRES, Fault
-from azr_async.faults.invariants import CHECKPOINTS, MANIFEST
+from azr_async.faults.invariants import CHECKPOINTS
 from azr_async.faults.observer import JOURNAL
 from azr_async.faults.processes import Running, limit_file_size, processes_of, send, send_all
 from azr_async.faults.proxy import Action, Tampering
@@ -19,6 +20,9 @@ MESSAGE_SECONDS: Final = 20.0
 AIM_SECONDS: Final = 15.0
 """How long to wait until the run writes what is aimed at."""
 LOOK_SECONDS: Final = 0.002
+
+DRAFTS: Final = ".step-*.writing"
+"""Folders of checkpoints that are not whole yet."""
 
 _ACTIONS: Final[dict[str, Action]] = {action: action for action in ("drop", "delay", "duplicate", "corrupt")}
 
@@ -38,22 +42,18 @@ class Done:
     """What a fault has hit; empty: it found nothing to hit."""
 
     what: str = ""
-    is_over: bool = False
-    """What it did has been lifted again, if that can be."""
-    pids: list[int] = field(default_factory=list)
 
 
 async def inflict(fault: Fault, scene: Scene, done: Done) -> None:
     """Do it, and, where it lasts, lift it again; also when cancelled in between. `done` tells how far it has come."""
-    how = _ON_WIRE if fault.kind in ON_WIRES else _HOW[fault.kind]
+    how = _tamper if fault.kind in ON_WIRES else _HOW[fault.kind]
     await how(fault, scene, done)
-    done.is_over = bool(done.what)
 
 
 async def _kill(fault: Fault, scene: Scene, done: Done) -> None:
     for process in _targets(fault, scene):
         if send(process, signal.SIGKILL):
-            done.what, done.pids = f"process {process.pid}", [process.pid]
+            done.what = f"process {process.pid}"
 
 
 async def _stop(fault: Fault, scene: Scene, done: Done) -> None:
@@ -86,17 +86,11 @@ async def _move_clock(fault: Fault, scene: Scene, done: Done) -> None:
 
 
 async def _kill_all(fault: Fault, scene: Scene, done: Done) -> None:
-    seen = _BEING_WRITTEN[fault.aim](scene.run_dir) if fault.aim != "anywhere" else None
-    if seen is not None:
-        try:
-            async with asyncio.timeout(AIM_SECONDS):
-                while not seen():  # noqa: ASYNC110  files of others, and the moment is short
-                    await asyncio.sleep(LOOK_SECONDS)
-        except TimeoutError:
-            return
+    if fault.aim != "anywhere" and not await _is_being_written(_BEING_WRITTEN[fault.aim], scene.run_dir):
+        return
     everything = processes_of(scene.run_dir)
     send_all(everything, signal.SIGKILL)
-    done.what, done.pids = f"{len(everything)} processes, aim: {fault.aim}", [process.pid for process in everything]
+    done.what = f"{len(everything)} processes, aim: {fault.aim}"
 
 
 async def _tamper(fault: Fault, scene: Scene, done: Done) -> None:
@@ -122,26 +116,37 @@ def _targets(fault: Fault, scene: Scene) -> list[Running]:
     return sorted(found, key=lambda process: process.started)[-1:]
 
 
-def _checkpoint_being_written(run_dir: Path) -> Callable[[], bool]:
-    folder = run_dir / CHECKPOINTS
-    return lambda: any(not (path / MANIFEST).exists() for path in folder.glob("*")) or any(folder.glob(".*"))
+async def _is_being_written(files: Callable[[Path], list[Path]], run_dir: Path) -> bool:
+    """Wait for the moment. What a run has left behind, killed earlier, does not change and is not it."""
+    before = _stamps(files(run_dir))
+    try:
+        async with asyncio.timeout(AIM_SECONDS):
+            while not _stamps(files(run_dir)).items() - before.items():  # noqa: ASYNC110  files of others
+                await asyncio.sleep(LOOK_SECONDS)
+    except TimeoutError:
+        return False
+    return True
 
 
-def _journal_being_written(run_dir: Path) -> Callable[[], bool]:
-    log = run_dir / f"{JOURNAL}-wal"
-
-    def stamp() -> tuple[int, int]:
-        try:
-            status = log.stat()
-        except OSError:
-            return 0, 0
-        return status.st_size, status.st_mtime_ns
-
-    before = stamp()
-    return lambda: stamp() != before
+def _drafts(run_dir: Path) -> list[Path]:
+    return list((run_dir / CHECKPOINTS).glob(DRAFTS))
 
 
-_BEING_WRITTEN: Final = {"checkpoint": _checkpoint_being_written, "journal": _journal_being_written}
+def _journal_log(run_dir: Path) -> list[Path]:
+    return [run_dir / f"{JOURNAL}-wal"]
+
+
+def _stamps(paths: list[Path]) -> dict[Path, tuple[int, int]]:
+    """Size and time of each that is there."""
+    found = {}
+    for path in paths:
+        with suppress(OSError):
+            status = path.stat()
+            found[path] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+_BEING_WRITTEN: Final[dict[str, Callable[[Path], list[Path]]]] = {"checkpoint": _drafts, "journal": _journal_log}
 _HOW: Final[dict[str, Callable[[Fault, Scene, Done], Awaitable[None]]]] = {
     "kill": _kill,
     "stop": _stop,
@@ -149,4 +154,3 @@ _HOW: Final[dict[str, Callable[[Fault, Scene, Done], Awaitable[None]]]] = {
     "clock": _move_clock,
     "group": _kill_all,
 }
-_ON_WIRE: Final = _tamper

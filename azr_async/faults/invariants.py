@@ -14,20 +14,30 @@ from azr_async.faults.observer import JOURNAL, Books, Memory, final_books
 METRICS: Final = "metrics.jsonl"
 CHECKPOINTS: Final = "checkpoints"
 MANIFEST: Final = "manifest.json"
+NEEDED: Final = frozenset({"resume.json", "optimizer.safetensors"})
+"""What every checkpoint has, beside the model."""
 TAIL_BYTES: Final = 32_768
 """Longer than a line."""
 
 
-def violations(run_dir: Path, memory: Memory, *, steps: int, batch: int, has_ended_well: bool) -> list[str]:
+def violations(
+    run_dir: Path, memory: Memory, *, steps: int, batch: int, max_lag: int, has_ended_well: bool
+) -> list[str]:
     """Everything that is wrong with what a run has left behind.
 
     Args:
         memory: what was seen while it ran.
         steps: of the run.
         batch: samples of one step.
+        max_lag: it was told, in steps.
         has_ended_well: it says itself that all of its steps are trained, so nothing may be half done.
     """
-    found = [*memory.violations, *_metrics(run_dir, steps if has_ended_well else None, batch), *_checkpoints(run_dir)]
+    found = [*memory.violations, *_metrics(run_dir, steps if has_ended_well else None, batch, max_lag)]
+    found += damaged_checkpoints(run_dir)
+    if has_ended_well and newest_checkpoint(run_dir) != steps:
+        found.append(f"there is no checkpoint of step {steps}")
+    if has_ended_well and not memory.looks:
+        found.append("nobody has ever seen the journal while the run went on")
     if not (run_dir / JOURNAL).exists():
         return [*found, "there is no journal.sqlite"] if has_ended_well else found
     try:
@@ -69,7 +79,7 @@ def newest_checkpoint(run_dir: Path) -> int | None:
     return max(found, default=None)
 
 
-def _metrics(run_dir: Path, steps: int | None, batch: int) -> Iterator[str]:
+def _metrics(run_dir: Path, steps: int | None, batch: int, max_lag: int) -> Iterator[str]:
     lines = metric_lines(run_dir)
     told = [line["step"] for line in lines if line["step"] > 0]
     if steps is not None and told != list(range(1, steps + 1)):
@@ -77,21 +87,25 @@ def _metrics(run_dir: Path, steps: int | None, batch: int) -> Iterator[str]:
         missing = sorted(set(range(1, steps + 1)) - set(told))
         yield f"{METRICS} does not have steps 1 to {steps} once each, in order: twice {twice}, missing {missing}"
     for line in lines:
-        lag = line.get("lag") or {}
-        if lag and lag["max"] > lag["bound"]:
-            yield f"step {line['step']}: a lag of {lag['max']} is over the bound of {lag['bound']}"
-        trained = (line.get("samples") or {}).get("trained", batch)
-        if line["step"] > 0 and trained != batch:
+        if line["step"] == 0:  # the weights that the run began with
+            continue
+        lag, trained = line["lag"]["max"], line["samples"]["trained"]
+        if lag > max_lag:
+            yield f"step {line['step']}: a lag of {lag} is over the bound of {max_lag}"
+        if trained != batch:
             yield f"step {line['step']}: {METRICS} tells of {trained} trained samples, not {batch}"
 
 
-def _checkpoints(run_dir: Path) -> Iterator[str]:
+def damaged_checkpoints(run_dir: Path) -> Iterator[str]:
+    """What is wrong with the checkpoints that have a manifest, which says that they are whole."""
     for manifest in _manifests(run_dir):
         try:
             files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         except (ValueError, KeyError, TypeError):
             yield f"{manifest} is damaged"
             continue
+        if lacking := sorted(NEEDED - files.keys()):
+            yield f"{manifest} knows of no {', '.join(lacking)}"
         for name, expected in files.items():
             if _fingerprint(manifest.with_name(name)) != expected:
                 yield f"{manifest.with_name(name)} is not what its manifest says"
@@ -104,9 +118,7 @@ def _journal(books: Books, memory: Memory, *, steps: int | None, batch: int) -> 
     memory.compare(books)
     yield from memory.violations[before:]
     # Samples of the last step count when its weights are saved, though the journal may not have heard of it.
-    per_step = memory.per_step() + Counter(
-        step for sample, step in books.admitted.items() if step == steps and sample not in memory.trained
-    )
+    per_step = books.per_step + Counter(step for step in books.admitted.values() if step == steps)
     for step in range(1, max(per_step, default=0) + 1) if steps is None else range(1, steps + 1):
         count = per_step[step]
         is_of_the_past = steps is None and step == max(per_step)  # the run broke off in the middle of it

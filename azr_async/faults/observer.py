@@ -34,6 +34,8 @@ class Books:
     """The step of every sample that is trained."""
     admitted: dict[SampleId, int]
     """The step of every sample that is in a batch and not yet trained."""
+    per_step: Counter[int]
+    """How many samples were trained in each step, those included whose rows were summed up."""
 
 
 @dataclass(slots=True)
@@ -44,6 +46,7 @@ class Memory:
     trained: dict[SampleId, int] = field(default_factory=dict)
     violations: list[str] = field(default_factory=list)
     looks: int = 0
+    """How often the journal was read."""
     _back_at: int | None = None
     """The run is going back to this step: the journal may still tell of later ones that are to be undone."""
     _is_cut: bool = False
@@ -77,19 +80,9 @@ class Memory:
         self.trained = {sample: at for sample, at in self.trained.items() if at <= step}
         self._back_at, self._is_cut = step, False
 
-    def began_anew(self) -> None:
-        """The run has no checkpoint and starts from nothing: its tasks go with it."""
-        self.tasks.clear()
-        self.trained.clear()
-        self._back_at = None
-
     def is_over(self) -> None:
         """The run has ended well: the journal tells of nothing that is still to be undone."""
         self._back_at = None
-
-    def per_step(self) -> Counter[int]:
-        """How many samples were seen trained in each step."""
-        return Counter(self.trained.values())
 
     def _violated(self, text: str) -> None:
         if text not in self.violations:
@@ -104,7 +97,8 @@ def read_books(path: Path) -> Books:
             number: hashlib.sha256(repr(content).encode()).hexdigest()
             for number, *content in journal.execute("SELECT id, task, program, pairs FROM tasks")
         }
-        books = Books(tasks, {}, {})
+        sums = journal.execute("SELECT step, sum(samples) FROM sums WHERE stage = 'trained' GROUP BY step")
+        books = Books(tasks, {}, {}, Counter(dict(sums)))
         rows = "SELECT group_id, role, number, stage, step FROM samples WHERE stage IN ('trained', 'admitted')"
         for group_id, role, number, stage, step in journal.execute(rows):
             (books.trained if stage == "trained" else books.admitted)[group_id, role, number] = step

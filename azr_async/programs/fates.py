@@ -23,6 +23,8 @@ class ProgramSpec:
     """Gets SIGTERM when the user wants to stop; the others end because their channels close."""
     max_restarts: int = 0
     """How often it is started again when it is lost while the run goes on."""
+    is_spare: bool = False
+    """The run goes on without it when it is lost for good."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

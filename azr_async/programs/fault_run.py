@@ -15,14 +15,13 @@ from typing import Final, Literal
 
 from azr_async.algorithm.fault_schedule import Fault, Plan
 from azr_async.config import Config
-from azr_async.errors import AzrError
 from azr_async.faults.inflict import Done, Scene, inflict
-from azr_async.faults.invariants import last_step, newest_checkpoint, violations
+from azr_async.faults.invariants import damaged_checkpoints, last_step, newest_checkpoint, violations
 from azr_async.faults.observer import Memory, observe
 from azr_async.faults.processes import processes_of, send_all, wait_until_gone
 from azr_async.faults.views import Proxies, open_proxies, prepare_site
-from azr_async.messages import TASKS
-from azr_async.programs.wiring import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, load_run_config
+from azr_async.programs.summary import begins_anew
+from azr_async.programs.wiring import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 
 Outcome = Literal["went on", "ended by name, resumed", "killed, resumed", "missed", "hang"]
 
@@ -34,8 +33,12 @@ GRACE_SECONDS: Final = 60.0
 FRUITLESS_ATTEMPTS: Final = 2
 """Attempts in which nothing went wrong and which ended in an error all the same: then it will never end well."""
 
-_PROCESS: Final = re.compile(r"\b(inference-\d+|selfplay|learner-\d+|launcher)\b")
-_NOTICED: Final = re.compile(r"refused|damaged|checksum|not what was sent|corrupt|lost", re.IGNORECASE)
+_NAMED: Final = re.compile(
+    r"logs/(inference-\d+|selfplay|learner-\d+)\.log"
+    r"|The run failed: .*(inference-\d+|selfplay|learner-\d+).* The logs are in ",
+    re.DOTALL,
+)
+_NOTICED: Final = re.compile(r"damaged on the way|has refused [0-9]+ messages")
 
 
 @dataclass(slots=True)
@@ -43,8 +46,6 @@ class Inflicted:
     """A fault and what came of it."""
 
     fault: Fault
-    run: int
-    attempt: int
     done: Done
     step: int = 0
     """Last step that was told of when it was over."""
@@ -69,26 +70,33 @@ class Story:
 Tell = Callable[[str], None]
 
 
-async def play(plan: Plan, run_dir: Path, options: Mapping[str, str], tell: Tell) -> Story:
-    """Start the run, break it as planned, continue it until its steps are trained, and check what must hold."""
+async def play(plan: Plan, run_dir: Path, options: Mapping[str, str], config: Config, tell: Tell) -> Story:
+    """Start the run, break it as planned, continue it until its steps are trained, and check what must hold.
+
+    `config` is what the options make of the defaults; the plan adds to it.
+    """
     story, memory, started = Story(plan, run_dir), Memory(), time.monotonic()
     faults, fruitless = deque(plan.faults), 0
     while True:
         story.attempts += 1
         before = len(faults)
-        attempt = _Attempt(story, memory, faults, tell)
+        attempt = _Attempt(story, memory, faults, silence_seconds(config), tell)
         status = await attempt.run(_arguments(plan, run_dir, options, memory))
-        await attempt.end(status)
-        if status == EXIT_DONE or _is_trained(run_dir):
+        attempt.end(status)
+        # The checkpoint of the last step may be there although the run was killed a moment later.
+        if status == EXIT_DONE or newest_checkpoint(run_dir) == config.run.steps:
             break
         fruitless = 0 if len(faults) < before else fruitless + 1
         if fruitless == FRUITLESS_ATTEMPTS:
             story.violations.append(f"cannot be continued: {attempt.error()}")
             break
-    config = load_run_config(run_dir)
-    batch = len(TASKS) * (config.flow.propose_samples + config.flow.solve_samples)
     story.violations += violations(
-        run_dir, memory, steps=config.run.steps, batch=batch, has_ended_well=fruitless < FRUITLESS_ATTEMPTS
+        run_dir,
+        memory,
+        steps=config.run.steps,
+        batch=len(config.flow.tasks) * (config.flow.propose_samples + config.flow.solve_samples),
+        max_lag=plan.max_lag,
+        has_ended_well=fruitless < FRUITLESS_ATTEMPTS,
     )
     story.seconds = time.monotonic() - started
     return story
@@ -107,8 +115,9 @@ def silence_seconds(config: Config) -> float:
 class _Attempt:
     """One start of the run, to its end."""
 
-    def __init__(self, story: Story, memory: Memory, faults: deque[Fault], tell: Tell) -> None:
+    def __init__(self, story: Story, memory: Memory, faults: deque[Fault], silence_seconds: float, tell: Tell) -> None:
         self._story, self._memory, self._faults, self._tell = story, memory, faults, tell
+        self._silence_seconds = silence_seconds
         self._run_dir = story.run_dir
         self._number = story.attempts
         self._console = story.run_dir.with_name(f"{story.run_dir.name}-console-{self._number}.txt")
@@ -153,7 +162,7 @@ class _Attempt:
                 self._violated(f"processes were left: {names}")
         return status
 
-    async def end(self, status: int) -> None:
+    def end(self, status: int) -> None:
         """The attempt is over: what came of its faults, and was it an end that a run may have?"""
         last, error = self._last_step(), self.error()
         was_killed = any(one.fault.kind == "group" or one.fault.target == "launcher" for one in self._mine)
@@ -165,15 +174,17 @@ class _Attempt:
             if self._is_hang and not went_on:
                 one.outcome = "hang"
             one.error = "" if went_on else error
-            self._check_noticed(one, status)
+            self._check_noticed(one)
             self._tell(f"    {one.fault.kind} {one.fault.target} ({one.done.what}): {one.outcome}")
+        for damage in damaged_checkpoints(self._run_dir):
+            self._violated(damage)
         if self._is_hang:
             return
         if status < 0 and not was_killed:
             self._violated(f"the launcher was killed by signal {-status}, but not by a fault")
         if status not in (EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED) and status >= 0:
             self._violated(f"ended with exit status {status}: {error}")
-        if status == EXIT_FAILED and not (_PROCESS.search(error) and "log" in error):
+        if status == EXIT_FAILED and not is_named(error):
             self._violated(f"an error that names no process or no log: {error}")
 
     def error(self) -> str:
@@ -190,8 +201,9 @@ class _Attempt:
             now = (self._last_step(), len(self._mine))
             if now != seen:
                 seen, since = now, time.monotonic()
-            if time.monotonic() - since > self._silence_seconds():
+            if time.monotonic() - since > self._silence_seconds:
                 await self._break_off(time.monotonic() - since)
+                since = time.monotonic()
         return ending.result()
 
     async def _break_off(self, seconds: float) -> None:
@@ -204,18 +216,12 @@ class _Attempt:
         await asyncio.sleep(DUMP_SECONDS)
         send_all(processes_of(self._run_dir), signal.SIGKILL)
 
-    def _silence_seconds(self) -> float:
-        try:
-            return silence_seconds(load_run_config(self._run_dir))
-        except AzrError:
-            return silence_seconds(Config())
-
     async def _inflict_all(self, scene: Scene) -> None:
         while self._faults:
             fault = self._faults[0]
             await self._until_due(fault)
             self._faults.popleft()
-            one = Inflicted(fault, self._story.plan.number, self._number, Done())
+            one = Inflicted(fault, Done())
             self._mine.append(one)
             self._story.inflicted.append(one)
             self._log_sizes[id(one)] = {path: path.stat().st_size for path in self._texts()}
@@ -223,7 +229,7 @@ class _Attempt:
                 await inflict(fault, scene, one.done)
             finally:
                 one.step = self._last_step()
-            self._tell(f"  run {one.run}, step {one.step}: {fault.kind} {fault.target}, {one.done.what or 'missed'}")
+            self._tell(f"  step {one.step}: {fault.kind} {fault.target}, {one.done.what or 'missed'}")
 
     async def _until_due(self, fault: Fault) -> None:
         """Its step is told of; for one at the start, the run has programs."""
@@ -237,14 +243,13 @@ class _Attempt:
             await asyncio.sleep(LOOK_SECONDS)
         await asyncio.sleep(fault.after_seconds)
 
-    def _check_noticed(self, one: Inflicted, status: int) -> None:
+    def _check_noticed(self, one: Inflicted) -> None:
         """A message whose content was changed must not be taken for one that was sent."""
-        is_changed = one.fault.kind == "corrupt" and one.done.what.startswith("message") and one.done.is_over
-        if not is_changed or status == EXIT_FAILED:
+        if one.fault.kind != "corrupt" or not one.done.what.startswith("message"):
             return
         sizes = self._log_sizes[id(one)]
         news = "".join(_text_from(path, sizes.get(path, 0)) for path in self._texts())
-        if not _NOTICED.search(news):
+        if not is_noticed(news):
             self._violated(f"a changed message went unnoticed: {one.fault.target}, {one.done.what}")
 
     def _texts(self) -> list[Path]:
@@ -259,24 +264,25 @@ class _Attempt:
 
 
 def _arguments(plan: Plan, run_dir: Path, options: Mapping[str, str], memory: Memory) -> list[str]:
-    """Go on from the newest checkpoint, or start; without one, a run that was broken starts from nothing."""
+    """Start, or go on: from the newest checkpoint, or from the beginning with the tasks that were found."""
     settings = [word for option, value in options.items() for word in (option, value)]
     settings += ["--seed", str(plan.seed), "--max-lag", str(plan.max_lag)]
     settings += ["--inference-workers", str(plan.workers), "--learner-ranks", str(plan.ranks)]
     checkpoint = newest_checkpoint(run_dir)
-    if checkpoint is None:
-        memory.began_anew()
+    if checkpoint is None and not begins_anew(run_dir):
         return ["--output", str(run_dir), *settings]
-    memory.went_back_to(checkpoint)
+    memory.went_back_to(checkpoint or 0)
     return ["--resume", str(run_dir), *settings]
 
 
-def _is_trained(run_dir: Path) -> bool:
-    """Is the checkpoint of the last step there? The run may have been killed a moment later."""
-    try:
-        return newest_checkpoint(run_dir) == load_run_config(run_dir).run.steps
-    except AzrError:
-        return False
+def is_named(error: str) -> bool:
+    """Does an error that ends a run name a process, and the log to read?"""
+    return _NAMED.search(error) is not None
+
+
+def is_noticed(news: str) -> bool:
+    """Do logs say that a message did not arrive as it was sent?"""
+    return _NOTICED.search(news) is not None
 
 
 def _text_from(path: Path, offset: int) -> str:

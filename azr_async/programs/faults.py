@@ -11,7 +11,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Final
 
@@ -19,10 +18,13 @@ import uvloop
 from rich.console import Console
 
 from azr_async.algorithm.fault_schedule import KINDS, Kind, Plan, plan
+from azr_async.config import Config
 from azr_async.errors import AzrError, ConfigError
 from azr_async.programs.commandline import load, parse
+from azr_async.programs.execute import whole_number
 from azr_async.programs.fault_run import Story, play
 from azr_async.programs.fault_table import inflicted, report, table
+from azr_async.programs.folders import new_run_dir
 from azr_async.programs.wiring import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 
 REPORT_FILE: Final = "faults.json"
@@ -44,6 +46,14 @@ RUN_OPTIONS: Final[Mapping[str, str]] = {
     "--weights.deadline-seconds": "10",
 }
 """Small batches and short deadlines: a step takes part of a second, and what is broken is noticed soon."""
+SCHEDULED: Final = frozenset(
+    {
+        *("--seed", "--max-lag", "--inference-workers", "--learner-ranks"),
+        *("--run.seed", "--flow.max-lag", "--placement.inference-workers", "--placement.learner-ranks"),
+    }
+)
+"""Settings that each run draws for itself."""
+MANY: Final = 1_000_000
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -51,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(arguments)
     try:
         settings = {**RUN_OPTIONS, "--steps": str(options.steps), **_settings(rest)}
-        peer_timeout_seconds = _checked(settings)
+        config = _checked(settings)
         output = _output(options.output)
     except AzrError as error:
         print(error, file=sys.stderr)
@@ -65,8 +75,8 @@ def main(arguments: Sequence[str]) -> int:
             options.first_run + len(stories),
             kinds=options.kinds,
             per_run=options.per_run,
-            steps=int(settings["--steps"]),
-            peer_timeout_seconds=peer_timeout_seconds,
+            steps=config.run.steps,
+            peer_timeout_seconds=config.wires.peer_timeout_seconds,
         )
 
     def is_enough() -> bool:
@@ -75,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no run may outlive this command
     try:
         while not is_enough():
-            story = _play(next_plan(), output, settings, console)
+            story = _play(next_plan(), output, settings, config, console)
             stories.append(story)
             text = json.dumps(report(stories, seed=options.seed, arguments=arguments), indent=1)
             (output / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
@@ -87,11 +97,11 @@ def main(arguments: Sequence[str]) -> int:
     return _tell(stories, output, console)
 
 
-def _play(broken: Plan, output: Path, settings: Mapping[str, str], console: Console) -> Story:
+def _play(broken: Plan, output: Path, settings: Mapping[str, str], config: Config, console: Console) -> Story:
     run_dir = output / f"run-{broken.number:03d}"
     shape = f"{broken.workers} inference, {broken.ranks} learner ranks, max lag {broken.max_lag}"
     console.print(f"run {broken.number}: {shape}; {', '.join(fault.kind for fault in broken.faults)}", markup=False)
-    story = uvloop.run(play(broken, run_dir, settings, lambda line: console.print(line, markup=False)))
+    story = uvloop.run(play(broken, run_dir, settings, config, lambda line: console.print(line, markup=False)))
     verdict = f"{len(story.violations)} VIOLATIONS" if story.violations else "all held"
     console.print(f"  {verdict}: {story.attempts} starts, {story.seconds:.0f} s", markup=False)
     for violation in story.violations:
@@ -118,23 +128,20 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Every further --section.field VALUE is a setting of the runs.",
         allow_abbrev=False,
     )
-    parser.add_argument("--faults", type=_positive, default=30, help="how many to inflict [30]")
-    parser.add_argument("--runs", type=_positive, default=0, help="how many runs, instead of a number of faults")
-    parser.add_argument("--first-run", type=int, default=0, help="number of the first run, to repeat one [0]")
-    parser.add_argument("--per-run", type=_positive, default=3, help="faults of one run [3]")
+    parser.add_argument("--faults", type=whole_number(1, MANY), default=30, help="how many to inflict [30]")
+    parser.add_argument(
+        "--runs", type=whole_number(1, MANY), default=0, help="how many runs, instead of a number of faults"
+    )
+    parser.add_argument(
+        "--first-run", type=whole_number(0, MANY), default=0, help="number of the first run, to repeat one [0]"
+    )
+    parser.add_argument("--per-run", type=whole_number(1, MANY), default=3, help="faults of one run [3]")
     parser.add_argument("--seed", type=int, default=0, help="of the schedule [0]")
     parser.add_argument("--kinds", type=_kinds, default=KINDS, help=f"some of {','.join(KINDS)} [all]")
-    parser.add_argument("--steps", type=_positive, default=60, help="of each run [60]")
+    parser.add_argument("--steps", type=whole_number(1, MANY), default=60, help="of each run [60]")
     parser.add_argument("--output", type=Path, help="empty folder for runs and faults.json [runs/<time>-faults]")
     parser.add_argument("--keep-runs", action="store_true", help="keep the folders of runs in which all held as well")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
 
 
 def _kinds(text: str) -> tuple[Kind, ...]:
@@ -153,16 +160,20 @@ def _settings(words: Sequence[str]) -> dict[str, str]:
     return {name.replace("_", "-"): value for name, value in zip(names, values, strict=True)}
 
 
-def _checked(settings: Mapping[str, str]) -> float:
-    """The peer time-out of the runs. Raises ConfigError when they could not be started so."""
+def _checked(settings: Mapping[str, str]) -> Config:
+    """The configuration of the runs, but for what the schedule draws.
+
+    Raises ConfigError when they could not be started so.
+    """
+    if fixed := sorted(SCHEDULED & settings.keys()):
+        raise ConfigError(f"{', '.join(fixed)}: every run draws its own. Leave it out; another --seed draws others.")
     if not sys.platform.startswith("linux"):
         raise ConfigError("faults are inflicted with means that only Linux has. Run this on Linux.")
-    config = load(parse([word for pair in settings.items() for word in pair]))
-    return config.wires.peer_timeout_seconds
+    return load(parse([word for pair in settings.items() for word in pair]))
 
 
 def _output(wish: Path | None) -> Path:
-    folder = (wish or Path("runs") / f"{datetime.now().astimezone():%Y%m%d-%H%M%S}-faults").absolute()
+    folder = (wish or new_run_dir("faults")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ConfigError(f"--output: {folder} is not empty. Choose another folder.")

@@ -55,7 +55,7 @@ async def self_play(
     """
     async with replies:
         first, state, handover = await anext(requests, None), "", None
-        if isinstance(first, Handover):
+        while isinstance(first, Handover):  # the newest counts
             handover, first = first, await anext(requests, None)
         if isinstance(first, SelfPlayState):
             state, first = first.state, await anext(requests, None)

@@ -110,8 +110,7 @@ class Leader:
         """A new run's first checkpoint holds the weights that it began with, and the tasks that they have found."""
         if not self._loaded.is_resumed and self._trainer.version == 0 and self._config.checkpoint.every_steps:
             await self._file_evaluated()
-            self._saved_step = -1
-            await self._save()
+            await self._begin_checkpoint()
 
     def _goes_on(self) -> bool:
         return self._trainer.version < self._config.run.steps and not self._reporter.stop_requested.is_set()
@@ -215,17 +214,20 @@ class Leader:
 
     async def _save(self) -> None:
         """Have a checkpoint written while training goes on, unless there is one of these weights; wait for the last."""
-        version = self._trainer.version
-        if version != self._saved_step:
-            self._report("waiting for the checkpoint before")
-            await self._saver.done()
-            self._report("copying a checkpoint")
-            self._saved_step = version
-            state = await self._self_play_state(version)
-            self._saver.begin(await self._torch.run(partial(self._checkpoint, version, state)))
+        if self._trainer.version != self._saved_step:
+            await self._begin_checkpoint()
         if not self._goes_on():
             self._report("writing a checkpoint")
             await self._saver.done()
+
+    async def _begin_checkpoint(self) -> None:
+        version = self._trainer.version
+        self._report("waiting for the checkpoint before")
+        await self._saver.done()
+        self._report("copying a checkpoint")
+        self._saved_step = version
+        state = await self._self_play_state(version)
+        self._saver.begin(await self._torch.run(partial(self._checkpoint, version, state)))
 
     async def _self_play_state(self, version: int) -> str:
         """How self-play can go on with these weights. It answers at once, whatever it waits for itself."""

@@ -64,17 +64,16 @@ class Saver:
         """
         if self._written is None:
             return
+        written, self._written = self._written, None
         limit = self._write_seconds if seconds is None else seconds
         self._is_awaited.set()
         try:
             async with asyncio.timeout(limit):
-                await asyncio.shield(asyncio.wrap_future(self._written))
-            self._written = None  # not when this is cancelled: whoever ends the run waits for it still
-        except CheckpointError:
-            self._written = None
+                await asyncio.shield(asyncio.wrap_future(written))
+        except asyncio.CancelledError:
+            self._written = written  # whoever ends the run waits for it still
             raise
         except TimeoutError:
-            self._written = None
             raise CheckpointError(
                 f"a checkpoint in {self._root} was not written within {limit:g} s. Look whether its disk answers, "
                 "raise checkpoint.write_seconds if it is only slow, then resume from the last checkpoint."

@@ -6,7 +6,6 @@ import json
 import re
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,9 +17,10 @@ from azr_async.algorithm.dialogue.compact import MARKERS
 from azr_async.config import Config
 from azr_async.errors import AzrError, ConfigError
 from azr_async.programs import files, fit, placement
-from azr_async.programs.folders import BOOKS, JOURNAL_FILE, config_text
+from azr_async.programs.folders import config_text
 from azr_async.programs.memory_table import cache_note, heading, parts_table, splits_table
 from azr_async.programs.model_shapes import shape_of
+from azr_async.programs.summary import begins_anew
 from azr_async.programs.wiring import endpoint, endpoint_names
 
 _CHECKPOINT_NAME: Final = re.compile(r"step-(\d{6,})")
@@ -234,7 +234,7 @@ def _checkpoint(resume: Path, config: Config) -> Resumed:
         raise ConfigError(f"--resume: there is no checkpoint or run folder {resume}. Name one that exists.")
     if not _CHECKPOINT_NAME.fullmatch(path.name):
         newest = checkpoints.newest(path / "checkpoints")
-        if newest is None and files.is_file(path / JOURNAL_FILE) and _trained_steps(path) <= 1:
+        if newest is None and begins_anew(path):
             return Resumed(checkpoint=None, step=-1, run_dir=path)
         if newest is None:
             raise AzrError(
@@ -251,11 +251,3 @@ def _checkpoint(resume: Path, config: Config) -> Resumed:
         )
     home = folder.absolute().parent
     return Resumed(checkpoint=folder.absolute(), step=step, run_dir=home.parent if home.name == "checkpoints" else None)
-
-
-def _trained_steps(run_dir: Path) -> int:
-    """Steps that the run has written down. Its first checkpoint is there before the second one is taken, so a run with
-    more of them and no checkpoint has lost it, or wanted none: its lines are not to be cut."""
-    with suppress(FileNotFoundError), (run_dir / BOOKS[0]).open(encoding="utf-8") as lines:
-        return sum(1 for _ in lines) - 1  # the first line is of step 0
-    return 0

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from azr_async.messages import TASKS
 from azr_async.programs.fates import Ended, Loss, RunEnd
+from azr_async.programs.folders import JOURNAL_FILE
 from azr_async.programs.view import duration
 from azr_async.programs.wiring import LastWords
 
@@ -65,9 +66,21 @@ def how_it_was_interrupted(lines: Sequence[Metrics], steps: int, run_dir: Path, 
 
 
 def how_to_go_on(run_dir: Path) -> str:
-    """The command that continues from the newest checkpoint; empty while there is none."""
+    """The command that continues from the newest checkpoint, or from the beginning; empty where nothing can be."""
     checkpoints = sorted((run_dir / "checkpoints").glob("step-*"))
-    return f"Go on with: python run.py --resume {checkpoints[-1]}" if checkpoints else ""
+    if not checkpoints and not begins_anew(run_dir):
+        return ""
+    return f"Go on with: python run.py --resume {checkpoints[-1] if checkpoints else run_dir}"
+
+
+def begins_anew(run_dir: Path) -> bool:
+    """Is this a run without a checkpoint that can be resumed all the same, from its beginning, with its tasks?
+
+    A run's first checkpoint is there before its second step: one that has taken more steps has lost its checkpoints, or
+    wanted none (`checkpoint.every_steps = 0`), and its lines are not to be cut.
+    """
+    lines = MetricsReader(run_dir / "metrics.jsonl").new_lines()
+    return (run_dir / JOURNAL_FILE).is_file() and (not lines or lines[-1]["step"] <= 1)
 
 
 def what_failed_while_stopping(end: RunEnd, words: Mapping[str, LastWords], run_dir: Path) -> list[str]:

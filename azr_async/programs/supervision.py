@@ -9,6 +9,7 @@ from asyncio.subprocess import DEVNULL, Process
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Final, Literal
 
 from azr_async.programs.fates import Deadlines, Ended, Loss, ProgramSpec, RunEnd, State
@@ -47,7 +48,6 @@ class Supervisor:
         self._group = asyncio.TaskGroup()
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._leaving: set[str] = set()
-        self._added: set[str] = set()
         self._silent: set[str] = set()
         self._deadlines = deadlines
         self._processes: dict[str, Process] = {}
@@ -78,9 +78,9 @@ class Supervisor:
             _kill_group(process.pid)
 
     def add(self, spec: ProgramSpec) -> None:
-        """One program more. The run was well without it: should it be lost for good, the run goes on."""
+        """One program more. The run was well without it, so it is a spare one."""
+        spec = replace(spec, is_spare=True)
         self._specs.append(spec)
-        self._added.add(spec.name)
         self._keepers[spec.name] = self._group.create_task(self._keep(spec), name=spec.name)
 
     def remove(self, name: str) -> None:
@@ -121,14 +121,14 @@ class Supervisor:
         """Run a program to its end; while its loss can be borne again and again, each time after a longer rest."""
         while True:
             ended = await self._run_once(spec)
-            is_spare = spec.name in self._added and not self._is_winding_down.is_set() and not self._stop_wishes
-            if spec.name in self._leaving or (is_spare and not self._is_started_again(spec, ended)):
-                self._forget(spec.name)
-                self._on_removed(ended)
-                return
-            if not self._is_started_again(spec, ended):
-                self._ended[spec.name] = ended
-                self._changed.set()
+            is_leaving = spec.name in self._leaving
+            if is_leaving or not self._is_started_again(spec, ended):
+                if is_leaving or (spec.is_spare and self._goes_on()):
+                    self._forget(spec.name)
+                    self._on_removed(ended)
+                else:
+                    self._ended[spec.name] = ended
+                    self._changed.set()
                 return
             self._losses[spec.name] += 1
             self._resting.add(spec.name)
@@ -176,9 +176,11 @@ class Supervisor:
             and (was_killed or self.is_under_way)
             and self._losses[spec.name] < spec.max_restarts
             and not ended.was_told
-            and not self._stop_wishes
-            and not self._is_winding_down.is_set()
+            and self._goes_on()
         )
+
+    def _goes_on(self) -> bool:
+        return not self._stop_wishes and not self._is_winding_down.is_set()
 
     def _gone(self) -> set[str]:
         """Programs that do not run and, once the run winds down, never will again."""

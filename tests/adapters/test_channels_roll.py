@@ -102,6 +102,22 @@ def test_what_a_lost_sender_had_sent_comes_before_the_news_of_its_loss() -> None
     assert not roll.is_over
 
 
+def test_a_heartbeat_that_comes_late_and_twice_is_no_damage() -> None:
+    roll = roll_with(2)
+    roll.hear(b"id", said(protocol.HELLO, b"learner"))
+    roll.hear(b"id", data(1, b"1"))
+    assert roll.hear(b"id", said(protocol.BEAT, protocol.number_frame(0))) == []
+    assert b"id" in roll.peers
+
+
+def test_who_had_closed_is_told_so_once_more_at_the_end() -> None:
+    roll = roll_with(1)
+    roll.hear(b"id", said(protocol.HELLO, b"learner"))
+    farewell = [(b"id", *said(protocol.GOODBYE))]
+    assert roll.hear(b"id", said(protocol.CLOSE, protocol.number_frame(0))) == farewell
+    assert roll.close() == farewell
+
+
 def test_a_repeated_greeting_does_not_give_more_credit() -> None:
     roll = roll_with(2)
     first = roll.hear(b"id", said(protocol.HELLO, b"learner"))

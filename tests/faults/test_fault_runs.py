@@ -37,7 +37,9 @@ def test_a_run_with_a_few_faults_ends_trained_and_breaks_nothing(tmp_path: Path)
     ("arguments", "complaint"),
     [
         (["--flow.max-lagg", "1"], "flow.max-lagg is not an option"),
-        (["--flow.max-lag"], "pairs"),
+        (["--run.device"], "pairs"),
+        (["--flow.max-lag", "1"], "every run draws its own"),
+        (["--placement.inference_workers=3"], "every run draws its own"),
         (["--output", "{here}"], "is not empty"),
     ],
 )

@@ -4,12 +4,14 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from azr_async.adapters.channels.protocol import damage
 from azr_async.algorithm.fault_schedule import Fault, Plan
 from azr_async.config import Config
 from azr_async.faults.inflict import Done
-from azr_async.programs.fault_run import Inflicted, Story, silence_seconds
+from azr_async.programs.fault_run import Inflicted, Story, is_named, is_noticed, silence_seconds
 from azr_async.programs.fault_table import inflicted, report, table, target_kind
 
 KILL = Fault(kind="kill", target="inference-1", step=3, after_seconds=0.0)
@@ -20,8 +22,8 @@ def story(violations: list[str]) -> Story:
     plan = Plan(number=4, seed=1, workers=2, ranks=1, max_lag=0, faults=(KILL, DROP))
     made = Story(plan, Path("run-004"), violations=violations, attempts=2)
     made.inflicted = [
-        Inflicted(KILL, 4, 1, Done("process 1", True), step=3, outcome="went on"),
-        Inflicted(DROP, 4, 1, Done(), step=4),
+        Inflicted(KILL, Done("process 1"), step=3, outcome="went on"),
+        Inflicted(DROP, Done(), step=4),
     ]
     return made
 
@@ -52,3 +54,23 @@ def test_the_report_is_json_and_counts_violations() -> None:
 def test_a_hang_is_longer_than_every_deadline_of_the_configuration() -> None:
     wires = Config().wires
     assert silence_seconds(Config()) > 2 * (wires.start_seconds + wires.step_seconds) + wires.stop_seconds
+
+
+@pytest.mark.parametrize(
+    ("error", "is_good"),
+    [
+        ("inference-1 failed: out of memory.\nIts log: runs/x/logs/inference-1.log", True),
+        ("The run failed: learner-0 was lost (killed by SIGKILL). The logs are in runs/x/logs.", True),
+        ("Something went wrong. The logs are in runs/x/logs.", False),
+        ("selfplay did not answer.", False),
+        ("", False),
+    ],
+)
+def test_an_error_names_a_process_and_a_log(error: str, is_good: bool) -> None:
+    assert is_named(error) is is_good
+
+
+def test_a_changed_message_is_noticed_when_a_log_tells_of_it() -> None:
+    assert is_noticed(damage("results", 7, "inference-0", "selfplay"))
+    assert is_noticed("channel jobs has refused 4 messages, the last from inference-0: no such kind")
+    assert not is_noticed("inference-0 was lost and is started again; a refused order; checksum of the weights: 3")

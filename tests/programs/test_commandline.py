@@ -249,6 +249,13 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_anew_with_its_tasks
     assert check(Config(), output=None, resume=tmp_path) == Resumed(checkpoint=None, step=-1, run_dir=tmp_path)
 
 
+def test_a_run_that_has_lost_its_checkpoints_is_not_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / "journal.sqlite").touch()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n', encoding="utf-8")
+    with pytest.raises(AzrError, match="no complete checkpoint"):
+        check(Config(), output=None, resume=tmp_path)
+
+
 def test_a_damaged_checkpoint_is_told_before_anything_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

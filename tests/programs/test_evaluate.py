@@ -33,24 +33,19 @@ def test_the_starter_on_a_part_of_its_own_suite(tmp_path: Path, capsys: pytest.C
     assert low < found["all"]["accuracy"] < high
 
 
-@pytest.mark.parametrize("mode", ["output", "input"])
-def test_a_file_of_cruxevals_form(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"id": "sample_0", "code": "def f(x):\n    return x", "input": "[1, 2]", "output": "[1, 2]"}
-    (tmp_path / "crux.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+ECHO = {"code": "def f(x):\n    return x", "input": "[1, 2]", "output": "[1, 2]"}
+LENGTH = {"code": "def f(x):\n    return len(x)", "input": "[1, 2]", "output": "2"}
+
+
+@pytest.mark.parametrize(("mode", "solved"), [("output", "deduction"), ("input", "abduction")])
+def test_a_file_of_cruxevals_form(mode: str, solved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The shipped starter solves one of the two either way: an echo's output, a list of a length (any is right)."""
+    (tmp_path / "crux.jsonl").write_text(f"{json.dumps(ECHO)}\n\n{json.dumps(LENGTH)}\n", encoding="utf-8")
 
     found = results(capsys, "--suite", str(tmp_path / "crux.jsonl"), "--mode", mode)
 
-    assert found["all"]["n"] == 1
-
-
-def test_answers_that_fit_are_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Abduction: every input is right that gives the output, so a constant program is always solved by a literal."""
-    rows = [{"code": "def f(x):\n    return 0", "input": repr(n), "output": "0"} for n in range(8)]
-    (tmp_path / "crux.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-
-    found = results(capsys, "--suite", str(tmp_path / "crux.jsonl"), "--mode", "input")
-
-    assert found["all"]["accuracy"] in (0.0, 1.0)  # greedy: the same question, the same answer
+    assert found.keys() == {solved, "all"}
+    assert (found["all"]["n"], found["all"]["accuracy"]) == (2, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,15 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
+import zmq.asyncio
 from numpy.testing import assert_allclose
 
-from azr_async.adapters.channels import ZmqReceiver, ZmqSender, zmq_receiver, zmq_sender
+from azr_async.adapters.channels import ZmqReceiver, ZmqSender, protocol, zmq_receiver, zmq_sender
 from azr_async.adapters.weights import WeightGroup, host_store
 from azr_async.config import Config, EngineConfig, ModelConfig, WeightsConfig, WiresConfig
 from azr_async.errors import WeightsError
 from azr_async.messages import (
+    CancelJob,
     Completion,
     GenerateJob,
     GenerationResults,
@@ -29,8 +31,8 @@ from azr_async.messages import (
     WeightsJoined,
     WorkerReady,
 )
-from azr_async.programs.engine_thread import embedded_server
-from azr_async.programs.inference import serve
+from azr_async.programs.engine_thread import Answer, Order, embedded_server
+from azr_async.programs.inference import Client, serve
 from azr_async.programs.wiring import Reporter, endpoint
 from tests.random_models import a_job, full_pass_logp, random_model, save_random_model
 
@@ -201,6 +203,54 @@ async def test_a_worker_that_self_play_still_has_was_given_up_by_the_learner(pla
     with pytest.raises(ExceptionGroup) as error:
         await serving
     assert error.group_contains(WeightsError, match=r"closed its end 0.3 s ago and the run goes on")
+
+
+class Given:
+    """Fulfils EngineServer for whoever only orders: what it was given."""
+
+    ranks = 1
+
+    def __init__(self) -> None:
+        self.given: list[Order] = []
+
+    def give(self, order: Order) -> None:
+        self.given.append(order)
+
+    def stop(self) -> None:
+        raise AssertionError
+
+    async def run(self, answer: Callable[[Answer], object]) -> None:
+        raise AssertionError
+
+
+async def test_a_self_play_that_hangs_costs_its_jobs_not_the_worker(place: Place) -> None:
+    """It joins the worker, takes its greeting, and says nothing more; the worker leaves, and greets whoever is next."""
+    address, engine = f"ipc://{place.wires_dir}/results", Given()
+    client = Client(
+        WorkerReady(worker=NAME, endpoint="", slots=1, ranks=1, incarnation=1),
+        engine,
+        lambda: zmq_sender(address, name=NAME, peer="selfplay", heartbeat_seconds=0.05, peer_timeout_seconds=1.0),
+    )
+    with zmq.asyncio.Context() as context, context.socket(zmq.ROUTER) as selfplay:
+        selfplay.set(zmq.LINGER, 0)
+        selfplay.bind(address)
+        serving = asyncio.ensure_future(client.serve())
+        first, *_ = await selfplay.recv_multipart()
+        welcome = protocol.WELCOME, protocol.number_frame(9), protocol.number_frame(1000)
+        await selfplay.send_multipart([first, *protocol.sealed(*welcome)])
+        while (await selfplay.recv_multipart())[1] != protocol.DATA:
+            pass
+        client.take(a_job(7))
+        client.went_silent()
+        identity, kind, *_ = await selfplay.recv_multipart()
+        while (identity, kind) == (first, kind) or kind != protocol.HELLO:
+            identity, kind, *_ = await selfplay.recv_multipart()
+        assert not serving.done()
+        client.take(a_job(8))  # on its way since before: nobody waits for it any more
+        assert engine.given == [a_job(7), CancelJob(job_id=7)]
+        serving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await serving
 
 
 async def test_a_request_to_stop_ends_a_worker_that_is_busy(place: Place) -> None:

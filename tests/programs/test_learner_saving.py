@@ -90,6 +90,25 @@ async def test_a_disk_that_does_not_answer_is_named_after_the_deadline() -> None
     may_end.set()
 
 
+async def test_who_is_cancelled_while_it_waits_leaves_the_checkpoint_to_the_end_of_the_run() -> None:
+    may_end, written = threading.Event(), list[int]()
+
+    def write(content: checkpoints.Content) -> None:
+        may_end.wait(20.0)
+        written.append(content.step)
+
+    saver = a_saver(write)
+    saver.begin(content_of(random_model("qwen2-tied", 1), 7))
+    waiting = asyncio.ensure_future(saver.done())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    may_end.set()
+    await saver.done()
+    assert written == [7]
+
+
 async def test_a_run_that_fails_still_gets_its_checkpoint_and_tells_its_own_error(tmp_path: Path) -> None:
     model = random_model("qwen2-tied", 3)
 

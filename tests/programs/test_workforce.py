@@ -2,14 +2,20 @@
 
 import asyncio
 import json
+import os
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from azr_async.config import Config, PlacementConfig
 from azr_async.errors import ConfigError
+from azr_async.programs.fates import Deadlines, Ended, ProgramSpec
 from azr_async.programs.mailbox import POINTER, SOCKET, WorkersOrder, ask, mailbox
-from azr_async.programs.placement import place, place_another
+from azr_async.programs.placement import Placed, place, place_another
+from azr_async.programs.supervision import Supervisor
+from azr_async.programs.workforce import Workforce
 
 
 async def carry_out(order: WorkersOrder) -> str:
@@ -79,3 +85,74 @@ def test_one_more_worker_goes_where_nobody_is() -> None:
     with pytest.raises(ConfigError, match="inference-4 needs 1 free GPU, but of the 3 GPUs"):
         place_another(config, 4, {0, 1, 2}, found=3)
     assert place_another(Config(), 1, (), found=0).gpus == ()
+
+
+@asynccontextmanager
+async def two_workers(
+    folder: Path, *, newcomer: str = "exec sleep 60"
+) -> AsyncIterator[tuple[Workforce, asyncio.Queue[Ended]]]:
+    """A run of real processes, on GPUs 0 and 1 of 8, and who has left it. Only the wish to stop may end it."""
+
+    def spec(placed: Placed) -> ProgramSpec:
+        is_old = placed.process in ("inference-0", "inference-1")
+        argv = ("sh", "-c", "exec sleep 60" if is_old else newcomer)
+        return ProgramSpec(name=placed.process, argv=argv, env=os.environ, log_path=folder / "log")
+
+    async def place_one(index: int, taken: Collection[int]) -> Placed:
+        await asyncio.sleep(0)  # as counting GPUs does, it lets others go first
+        free = min(set(range(8)) - set(taken))
+        return Placed(process=f"inference-{index}", role="generates", arguments=(), gpus=(free,))
+
+    placed_at = {one.process: one for one in [await place_one(index, range(index)) for index in range(2)]}
+    learner = ProgramSpec(
+        name="learner-0",
+        argv=("sleep", "60"),
+        env=os.environ,
+        log_path=folder / "log",
+        ends_the_run=True,
+        is_told_to_stop=True,
+    )
+    deadlines = Deadlines(start_seconds=60.0, stop_seconds=60.0, linger_seconds=1.0, grace_seconds=0.2)
+    left: asyncio.Queue[Ended] = asyncio.Queue()
+    supervisor = Supervisor([*map(spec, placed_at.values()), learner], deadlines, on_removed=left.put_nowait)
+    supervisor.is_under_way = True
+    running = asyncio.ensure_future(supervisor.run())
+    for name in supervisor.states():
+        supervisor.heard_of(name)
+    await asyncio.sleep(0)  # the run has begun
+    try:
+        yield Workforce(supervisor, placed_at, place_one, spec), left
+        assert not running.done()
+    finally:
+        supervisor.request_stop()
+        end = await running
+    assert end.kind == "interrupted"
+
+
+async def test_a_worker_that_was_just_added_can_be_removed(tmp_path: Path) -> None:
+    async with two_workers(tmp_path) as (workforce, left):
+        orders = WorkersOrder(add=1), WorkersOrder(remove=("inference-2",))
+        told = await asyncio.gather(*map(workforce.carry_out, orders))
+        assert told[0].startswith("inference-2 will get the newest weights")
+        assert told[1].startswith("inference-2 will leave")
+        assert (await left.get()).name == "inference-2"
+        assert "inference-2" not in workforce.supervisor.states()
+
+
+async def test_two_orders_at_once_get_two_numbers_and_two_gpus(tmp_path: Path) -> None:
+    async with two_workers(tmp_path) as (workforce, _):
+        await asyncio.gather(*(workforce.carry_out(WorkersOrder(add=1)) for _ in range(2)))
+        assert {name: one.gpus for name, one in workforce.placed.items()} == {
+            "inference-0": (0,),
+            "inference-1": (1,),
+            "inference-2": (2,),
+            "inference-3": (3,),
+        }
+
+
+async def test_a_run_goes_on_without_a_newcomer_that_cannot_start(tmp_path: Path) -> None:
+    async with two_workers(tmp_path, newcomer="exit 7") as (workforce, left):
+        await workforce.carry_out(WorkersOrder(add=1))
+        lost = await left.get()
+        assert (lost.name, lost.status) == ("inference-2", 7)
+        assert set(workforce.supervisor.states()) == {"inference-0", "inference-1", "learner-0"}
