@@ -479,8 +479,8 @@ class WiresConfig(Section):
     long on top of step_seconds, for self-play fills its library before."""
 
     step_seconds: PositiveFloat = 600.0
-    """Longest wait of the learner for a batch or an evaluation (the first ones: start_seconds more), and of self-play
-    for a generation."""
+    """Longest wait of the learner for a batch or an evaluation (the first ones: start_seconds more) and for the end of
+    a training step, and of self-play for a generation."""
 
     message_mb: PositiveInt = 256
     """Largest message."""

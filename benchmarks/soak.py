@@ -2,9 +2,11 @@
 
 A run of as many steps as fit the time; every ten seconds resident memory, descriptors and threads of each process that
 carries the run's folder in its command line. The sandbox's zygotes and parsers count as one. The first fifth is
-warm-up; of the rest, the table shows the medians of its first and last quarter, and the growth in an hour.
+warm-up; of the rest, the table shows the medians of its first and last quarter, and the growth in an hour. The JSON
+has the memory of every look, too: what has come to its end shows a curve that bends. Self-play holds the library, so
+it grows until that is full; a small one is full soon:
 
-    python benchmarks/soak.py --minutes 30 --output benchmarks/results/soak.json
+    python benchmarks/soak.py --minutes 30 --output benchmarks/results/soak.json -- --library.capacity 1000
 """
 
 import argparse
@@ -41,7 +43,9 @@ def main() -> None:
     show(rows)
     trained = lines[-1]
     print(f"{trained['step']} steps in {trained['wall_seconds']:.0f} s, library {trained['library']}")
-    write_json(arguments.output, "soak", {"minutes": arguments.minutes, "steps": trained["step"], "processes": rows})
+    results = {"minutes": arguments.minutes, "options": arguments.options, "steps": trained["step"], "processes": rows}
+    results |= {"library": libraries(lines), "megabytes": series(samples)}
+    write_json(arguments.output, "soak", results)
 
 
 def soak(run_dir: Path, seconds: float, options: list[str]) -> tuple[list[Sample], list[dict[str, Any]]]:
@@ -105,6 +109,16 @@ def summary(samples: list[Sample]) -> dict[str, dict[str, float]]:
 
 def _ends(columns: list[list[float]], quarter: int) -> tuple[list[list[float]], list[list[float]]]:
     return [column[:quarter] for column in columns], [column[-quarter:] for column in columns]
+
+
+def libraries(lines: list[dict[str, Any]]) -> list[int]:
+    """Tasks, at ten moments of the run."""
+    return [sum(line["library"].values()) for line in lines[:: max(1, len(lines) // 10)]]
+
+
+def series(samples: list[Sample]) -> dict[str, list[float]]:
+    """Resident MB of each process at every look."""
+    return {name: [round(sample.get(name, (0.0, 0, 0))[0], 1) for sample in samples] for name in sorted(samples[-1])}
 
 
 def show(rows: dict[str, dict[str, float]]) -> None:

@@ -7,7 +7,6 @@ weights are sharded, put them together to be pushed, scored or saved.
 import asyncio
 import logging
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -23,8 +22,9 @@ from azr_async.messages import RolloutBatch
 from azr_async.programs.learner_loop import Leader, Loaded
 from azr_async.programs.learner_metrics import Books
 from azr_async.programs.learner_saving import saving
-from azr_async.programs.learner_weights import TorchThread, publishing
+from azr_async.programs.learner_weights import publishing
 from azr_async.programs.learner_wires import StopRequested, Wires, open_wires
+from azr_async.programs.torch_thread import TorchThread, torch_thread
 from azr_async.programs.wiring import Reporter, load_run_config, program_main, program_parser
 
 CHECKPOINTS_FOLDER: Final = "checkpoints"
@@ -58,8 +58,7 @@ async def learn(
     Raises:
         AzrError: what went wrong, who did not answer, and what to do.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="torch") as executor:
-        torch = TorchThread(executor)
+    async with torch_thread() as torch:
         reporter.report("loading the model", 0, config.run.steps)
         if rank > 0:
             await torch.run(partial(_follow, config, resume))

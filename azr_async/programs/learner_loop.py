@@ -25,8 +25,9 @@ from azr_async.messages import (
 from azr_async.programs.learner_lag import LagBound
 from azr_async.programs.learner_metrics import Books, Push, Record, empty_record, step_record
 from azr_async.programs.learner_saving import Saver
-from azr_async.programs.learner_weights import Publisher, TorchThread
+from azr_async.programs.learner_weights import Publisher
 from azr_async.programs.learner_wires import FromSelfPlay, Wires
+from azr_async.programs.torch_thread import TorchThread
 from azr_async.programs.wiring import Reporter
 
 log = logging.getLogger(__name__)
@@ -161,7 +162,11 @@ class Leader:
         self._report("training")
         if self._trainer.version + 1 < self._config.run.steps:
             await self._wires.requests.send(BatchRequest(version=self._trainer.version + 1))
-        return await self._torch.run(partial(self._trainer.train, batch))
+        return await self._torch.run(
+            partial(self._trainer.train, batch),
+            what=f"learner-0's training step {self._trainer.version + 1}",
+            deadline_seconds=self._config.wires.step_seconds,
+        )
 
     def _record(self, batch: RolloutBatch, report: StepReport, push: Push) -> Record:
         now, before = time.monotonic(), self._last_step_end

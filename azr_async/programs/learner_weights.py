@@ -4,11 +4,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +22,7 @@ from azr_async.messages import JoinWeights, PushWeights, WeightsInstalled, Weigh
 from azr_async.programs.learner_metrics import Push
 from azr_async.programs.learner_roster import Member
 from azr_async.programs.learner_wires import FromWorker, Wires
-
-T = TypeVar("T")
+from azr_async.programs.torch_thread import TorchThread
 
 CANARIES: Final = 4
 CANARY_TOKENS: Final = 16
@@ -33,17 +31,6 @@ NAMELESS_FAILURES: Final = 2
 """How often a push is repeated of which nobody knows why it failed."""
 
 log = logging.getLogger(__name__)
-
-
-class TorchThread:
-    """The one thread in which torch works, so that the event loop stays free for heartbeats."""
-
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-
-    async def run(self, work: Callable[[], T]) -> T:
-        """The result of `work`, done in the thread, after what was asked before."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,9 +14,11 @@ from rich.table import Table
 
 from azr_async.algorithm.simulation import Machine, Workload, simulate
 from azr_async.errors import AzrError, ConfigError
+from azr_async.programs.execute import whole_number
 from azr_async.programs.trace import FIRST_STEPS, Trace, read_trace
 
 LAGS: Final = (0, 1, 2, 4, 8)
+MANY: Final = 1_000_000
 ENOUGH: Final = 0.02
 """Plans that differ by less are equal, and the one with the younger data is recommended."""
 
@@ -102,10 +104,11 @@ def plan(options: argparse.Namespace) -> tuple[Trace, list[Plan]]:
 
 def predicted(machine: Machine, work: Workload, *, steps: int, split: tuple[int, int] = (0, 0)) -> Plan:
     """Play a run of so many steps; the first ones, in which the pipeline fills, do not count."""
-    outcome = simulate(machine, work, steps=steps)
-    steady = outcome.steps[FIRST_STEPS:]
+    played = simulate(machine, work, steps=steps).steps
+    steady = played[FIRST_STEPS:]
     seconds, tokens = sum(step.seconds for step in steady), sum(step.trained_tokens for step in steady)
-    busy = outcome.busy_seconds
+    before, after = played[FIRST_STEPS - 1].busy_seconds, steady[-1].busy_seconds
+    busy = {name: (after[name] - before.get(name, 0.0)) / seconds for name in after}
     return Plan(
         inference_gpus=split[0],
         train_gpus=split[1],
@@ -115,9 +118,9 @@ def predicted(machine: Machine, work: Workload, *, steps: int, split: tuple[int,
         ess=sum(step.ess for step in steady) / len(steady),
         lag_mean=sum(step.lag_mean for step in steady) / len(steady),
         lag_max=max(step.lag_max for step in steady),
-        busy_inference=busy["inference"] / outcome.seconds / machine.engines,
-        busy_learner=busy["learner"] / outcome.seconds,
-        busy_sandbox=busy["sandbox"] / outcome.seconds / machine.sandbox_workers,
+        busy_inference=busy["inference"] / machine.engines,
+        busy_learner=busy["learner"],
+        busy_sandbox=busy.get("sandbox", 0.0) / machine.sandbox_workers,
     )
 
 
@@ -175,7 +178,7 @@ def _show(console: Console, trace: Trace, plans: Sequence[Plan], best: Plan, rea
         split = [f"{one.inference_gpus}+{one.train_gpus}"] if has_gpus else []
         table.add_row(*split, *cells, style="bold green" if one == best else None)
     console.print(table)
-    console.print(f"The trace ran {trace.steps_per_second:.3g} steps/s with max lag {trace.workload.max_lag}.")
+    console.print(f"The trace ran {trace.steps_per_second:.3g} steps/s with max lag {trace.config.flow.max_lag}.")
     for note in trace.notes:
         console.print(f"Note: {note}.", markup=False)
     options = f"--max-lag {best.max_lag}"
@@ -194,34 +197,25 @@ def _parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    cores = os.cpu_count() or 1
+    cores, count = os.cpu_count() or 1, whole_number(1, MANY)
     option = parser.add_argument
     option("--trace", type=Path, required=True, metavar="RUN_DIR", help="folder of the run to learn from")
-    option("--gpus", type=_count, metavar="N", help="GPUs to split; left out: the machine of the trace, without GPUs")
+    option("--gpus", type=count, metavar="N", help="GPUs to split; left out: the machine of the trace, without GPUs")
     option("--split", type=_split, action="append", metavar="I+T", help="only this split; may be repeated")
     option("--max-lag", type=_lags, default=LAGS, metavar="K,..", help="staleness bounds to compare [0,1,2,4,8]")
-    option("--cores", type=_count, default=cores, help=f"cores that a run without GPUs shares [{cores}]")
-    option("--slots", type=_count, metavar="N", help="other engine.slots than the trace")
-    option("--sandbox-workers", type=_count, metavar="N", help="other sandbox.workers than the trace")
-    option("--propose-samples", type=_count, metavar="N", help="other flow.propose_samples than the trace")
-    option("--solve-samples", type=_count, metavar="N", help="other flow.solve_samples than the trace")
-    option("--steps", type=_steps, default=40, help="length of the model run [40]")
+    option("--cores", type=count, default=cores, help=f"cores that a run without GPUs shares [{cores}]")
+    option("--slots", type=count, metavar="N", help="other engine.slots than the trace")
+    option("--sandbox-workers", type=count, metavar="N", help="other sandbox.workers than the trace")
+    option("--propose-samples", type=count, metavar="N", help="other flow.propose_samples than the trace")
+    option("--solve-samples", type=count, metavar="N", help="other flow.solve_samples than the trace")
+    option(
+        "--steps",
+        type=whole_number(FIRST_STEPS + 1, MANY),
+        default=40,
+        help=f"length of the model run, of which {FIRST_STEPS} do not count [40]",
+    )
     option("--json", action="store_true", help="print JSON instead of a table")
     return parser
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
-    return number
-
-
-def _steps(text: str) -> int:
-    number = int(text)
-    if number <= FIRST_STEPS:
-        raise argparse.ArgumentTypeError(f"{number} is too short: the first {FIRST_STEPS} steps do not count")
-    return number
 
 
 def _lags(text: str) -> tuple[int, ...]:

@@ -72,10 +72,11 @@ def _calibrated(
     notes = list[str]()
     after = [line for _, line in spans]
     seconds = sum(line["wall_seconds"] - before["wall_seconds"] for before, line in spans)
-    samples = sum(line["samples"]["trained"] for line in after)
     cells = {cell: _mean_cell(after, cell) for cell in CELLS if cell[1] in config.flow.tasks}
+    made = {cell: sum(_made(line, cell, config) for line in after) for cell in cells}
+    samples = sum(made.values())
     weights = {cell: _runs_of(cell, config) for cell in cells}
-    runs = sum(line["cells"].get(cell_name(cell), {"n": 0})["n"] * weights[cell] for line in after for cell in cells)
+    runs = sum(made[cell] * weights[cell] for cell in cells)
     forks = _grown(spans, "sandbox", "forks")
     check_seconds = _grown(spans, "sandbox", "busy_seconds") if cores is None else _total(after, "cpu", "sandbox")
     engine = _engine(config, spans, cores, notes)
@@ -90,7 +91,7 @@ def _calibrated(
         prompt_seconds=engine[2],
         sandbox_workers=config.sandbox.workers,
         check_seconds=check_seconds / max(1.0, forks),
-        file_seconds=_total(after, "cpu", "selfplay") / max(1, samples),
+        file_seconds=_total(after, "cpu", "selfplay") / max(1.0, samples),
         learner_seconds=fixed,
         learner_token_seconds=per_token,
         push_seconds=max(0.0, push - pause) if cores is None else 0.0,  # else it is CPU time, and counted already
@@ -126,6 +127,17 @@ def _calibrated(
 def _mean_cell(lines: Sequence[Line], cell: Cell) -> tuple[float, float]:
     seen = [found for line in lines if "tokens" in (found := line["cells"].get(cell_name(cell), {}))]
     return _mean(one["tokens"] for one in seen) or 1.0, _mean(one["tokens_std"] for one in seen)
+
+
+def _made(line: Line, cell: Cell, config: Config) -> float:
+    """Samples of the cell that this step cost: a valid proposal is attempted more often than it is trained on."""
+    role, task = cell
+    trained = float(line["cells"].get(cell_name(cell), {}).get("n", 0))
+    if role == "propose":
+        return trained
+    proposed = float(line["cells"].get(cell_name(("propose", task)), {}).get("n", 0))
+    valid = proposed * (line["valid_rate"].get(task) or 0.0)
+    return trained + valid * (config.solve.attempts - config.solve.trained_attempts)
 
 
 def _runs_of(cell: Cell, config: Config) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from azr_async.errors import AzrError
+from azr_async.programs.execute import whole_number
 from azr_async.programs.mailbox import MOST_WORKERS, WorkersOrder, ask
 from azr_async.programs.wiring import EXIT_DONE, EXIT_USAGE
 
@@ -23,9 +24,11 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("run_dir", type=Path, help="folder of the run, as its first line tells it")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--add", type=_count, metavar="N", help="start so many more")
+    what.add_argument("--add", type=whole_number(1, MOST_WORKERS), metavar="N", help="start so many more")
     what.add_argument("--remove", nargs="+", metavar="NAME", help="end these, for instance inference-1")
-    what.add_argument("--set", type=_count, metavar="N", dest="total", help="have so many in all")
+    what.add_argument(
+        "--set", type=whole_number(1, MOST_WORKERS), metavar="N", dest="total", help="have so many in all"
+    )
     given = parser.parse_args(arguments)
     order = WorkersOrder(add=given.add or 0, remove=tuple(given.remove or ()), total=given.total)
     try:
@@ -34,10 +37,3 @@ def main(arguments: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return EXIT_USAGE
     return EXIT_DONE
-
-
-def _count(text: str) -> int:
-    count = int(text)
-    if not 1 <= count <= MOST_WORKERS:
-        raise argparse.ArgumentTypeError(f"{count} is not between 1 and {MOST_WORKERS}")
-    return count

@@ -92,6 +92,16 @@ def test_the_work_of_a_trace_is_found(run_dir: Run) -> None:
     assert runs == pytest.approx(300)
 
 
+def test_attempts_that_are_not_trained_cost_as_much_as_those_that_are(run_dir: Run) -> None:
+    trace = read_trace(run_dir(solve={"attempts": 20, "trained_attempts": 12}), cores=2)
+    solved = 3 * 96 + 8 * (0.8 + 0.9) * (20 - 12)  # nothing is known of induction's proposals
+    assert trace.machine.file_seconds == pytest.approx(FILE * 312 / (3 * 8 + solved))
+    cells = trace.workload.cells
+    runs = 8 * sum(cells["propose", task].checks for task in trace.workload.tasks)
+    runs += (96 + 8 * 0.9 * 8) * cells["solve", "abduction"].checks + 96 * cells["solve", "induction"].checks
+    assert runs == pytest.approx(300)
+
+
 def test_splits_and_lags_are_predicted_and_one_is_recommended(run_dir: Run, capsys: pytest.CaptureFixture[str]) -> None:
     trace = run_dir()
     assert main(["--trace", str(trace), "--gpus", "3", "--max-lag", "0,2", "--steps", "12", "--json"]) == 0

@@ -81,6 +81,8 @@ class Step:
     lag_mean: float
     lag_max: int
     ess: float
+    busy_seconds: Mapping[str, float]
+    """Since the beginning of the run, as in `Outcome`."""
 
 
 @dataclass(slots=True)

@@ -110,6 +110,7 @@ class _Run:
             lag_mean=mean,
             lag_max=max(lags),
             ess=1.0 / (1.0 + self._workload.ess_loss * mean),
+            busy_seconds=dict(self.outcome.busy_seconds),
         )
 
     def _request(self, version: int) -> simpy.Event:
