@@ -80,9 +80,9 @@ def look(run_dir: Path) -> Sample:
 
 
 def _name(words: list[str]) -> str:
-    for word in words:
-        if word.startswith("azr_async.programs."):
-            return word.rpartition(".")[2]
+    modules = [word for word in words if word.startswith("azr_async.programs.")]
+    if modules:
+        return modules[-1].rpartition(".")[2]  # the first one is the leash of all
     return "launcher" if any(word.endswith("run.py") for word in words) else "sandbox"
 
 

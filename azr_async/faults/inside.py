@@ -23,7 +23,8 @@ LOOK_SECONDS = 0.02
 
 def program_of(command: list[str]) -> str:
     """`inference-1`, `selfplay`, `learner-0`; empty for what is no program of a run."""
-    module = next((word for word in command if word.startswith("azr_async.programs.")), "").rpartition(".")[2]
+    modules = [word for word in command if word.startswith("azr_async.programs.")]  # the leash comes first
+    module = modules[-1].rpartition(".")[2] if modules else ""
     if module not in ("inference", "selfplay", "learner"):
         return ""
     numbers = [value for option, value in pairwise(command) if option in ("--index", "--rank")]

@@ -174,7 +174,8 @@ def command(placed: Placed, *, run_dir: Path, wires_dir: Path, resume: Path | No
     """The command line of one program; the run directory in it shows in `ps` which run it belongs to."""
     folders = ("--run-dir", str(run_dir), "--wires", str(wires_dir))
     resuming = ("--resume", str(resume)) if resume is not None and placed.rank is not None else ()
-    return (sys.executable, "-m", *placed.arguments, *folders, *resuming)
+    leash = ("azr_async.programs.leash", str(os.getpid()))
+    return (sys.executable, "-m", *leash, *placed.arguments, *folders, *resuming)
 
 
 def free_port() -> int:

@@ -11,7 +11,7 @@ from azr_async.messages import TASKS
 from azr_async.programs.fates import Ended, Loss, RunEnd
 from azr_async.programs.folders import JOURNAL_FILE
 from azr_async.programs.view import duration
-from azr_async.programs.wiring import LastWords
+from azr_async.programs.wiring import CONFIG_FILE, LastWords
 
 Metrics = Mapping[str, Any]
 LOG_LINES: Final = 12
@@ -77,10 +77,13 @@ def begins_anew(run_dir: Path) -> bool:
     """Is this a run without a checkpoint that can be resumed all the same, from its beginning, with its tasks?
 
     A run's first checkpoint is there before its second step: one that has taken more steps has lost its checkpoints, or
-    wanted none (`checkpoint.every_steps = 0`), and its lines are not to be cut.
+    wanted none (`checkpoint.every_steps = 0`), and its lines are not to be cut. Before its first line it may have no
+    journal yet.
     """
+    if not (run_dir / CONFIG_FILE).is_file():
+        return False
     lines = MetricsReader(run_dir / "metrics.jsonl").new_lines()
-    return (run_dir / JOURNAL_FILE).is_file() and (not lines or lines[-1]["step"] <= 1)
+    return not lines or (lines[-1]["step"] <= 1 and (run_dir / JOURNAL_FILE).is_file())
 
 
 def what_failed_while_stopping(end: RunEnd, words: Mapping[str, LastWords], run_dir: Path) -> list[str]:

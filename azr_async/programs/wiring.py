@@ -6,7 +6,6 @@
 
 import argparse
 import asyncio
-import ctypes
 import faulthandler
 import json
 import logging
@@ -29,6 +28,7 @@ from azr_async.adapters.channels import ZmqSender, zmq_sender
 from azr_async.config import Config
 from azr_async.errors import AzrError, ChannelClosed, ConfigError, PeerVanished
 from azr_async.messages import Progress
+from azr_async.programs.leash import die_with_parent
 
 CONFIG_FILE: Final = "config.yaml"
 LAUNCHER_PID_FILE: Final = "launcher.pid"
@@ -38,7 +38,6 @@ _FIXED_NAMES: Final = ("launcher", "selfplay-results", "selfplay-requests", "lea
 _INFERENCE_NAME: Final = re.compile(r"inference-(\d+)-(jobs|push)")
 _FIRST_INFERENCE_PORT: Final = 16
 _LONGEST_SOCKET_PATH: Final = 100  # Linux allows 107 bytes
-_PR_SET_PDEATHSIG: Final = 1
 
 log = logging.getLogger(__name__)
 
@@ -226,9 +225,7 @@ def _start_log(path: Path) -> None:
 
 
 def _die_with_the_launcher(wires_dir: Path) -> None:
-    """Have the kernel kill this process when its parent dies, however that happens."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    die_with_parent()
     # The launcher may have died between starting this process and the call above; nothing would tell.
     try:
         launcher_pid = int((wires_dir / LAUNCHER_PID_FILE).read_text(encoding="ascii"))

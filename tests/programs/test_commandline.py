@@ -244,13 +244,18 @@ def test_resuming_from_nothing_is_told(tmp_path: Path) -> None:
         check(Config(), output=None, resume=tmp_path / "checkpoints" / "step-000020")
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_starts_anew_with_its_tasks(tmp_path: Path) -> None:
-    (tmp_path / "journal.sqlite").touch()
+@pytest.mark.parametrize("left", ["", '{"step": 1}\n'])
+def test_a_run_that_ended_before_its_first_checkpoint_starts_anew_with_its_tasks(tmp_path: Path, left: str) -> None:
+    (tmp_path / "config.yaml").touch()
+    if left:
+        (tmp_path / "metrics.jsonl").write_text(left)
+        (tmp_path / "journal.sqlite").touch()
     assert check(Config(), output=None, resume=tmp_path) == Resumed(checkpoint=None, step=-1, run_dir=tmp_path)
 
 
 def test_a_run_that_has_lost_its_checkpoints_is_not_begun_anew(tmp_path: Path) -> None:
-    (tmp_path / "journal.sqlite").touch()
+    for name in ("config.yaml", "journal.sqlite"):
+        (tmp_path / name).touch()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n', encoding="utf-8")
     with pytest.raises(AzrError, match="no complete checkpoint"):
         check(Config(), output=None, resume=tmp_path)

@@ -153,9 +153,9 @@ def test_a_failing_program_is_named_with_its_own_words_and_its_log(start: Callab
     run = start({"inference-0": body, "learner-0": FOREVER, "selfplay": UNTIL_TOLD})
     status, _, err = run.end()
     assert status == 1
-    assert (
-        err
-        == f"inference-0 failed: the engine has no oil. Pour some in.\nIts log: {run.run_dir}/logs/inference-0.log\n"
+    assert err == (
+        f"inference-0 failed: the engine has no oil. Pour some in.\nIts log: {run.run_dir}/logs/inference-0.log\n"
+        f"Go on with: python run.py --resume {run.run_dir}\n"
     )
     assert_nothing_is_left(run)
 
@@ -341,7 +341,7 @@ def test_a_learner_that_cannot_finish_in_time_is_killed(start: Callable[..., Run
     status, out, err = run.end()
     assert status == 130
     assert err.startswith("learner-0 did not finish and was killed: the last step was not saved.")
-    assert "No checkpoint was written; the same command starts again." in out
+    assert f"Go on with: python run.py --resume {run.run_dir}" in out
     assert_nothing_is_left(run)
 
 
