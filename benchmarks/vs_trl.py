@@ -101,68 +101,29 @@ def theirs_trained(folder: Path, tasks: Sequence[Problem], seconds: float, seed:
     """TRL's GRPO on these tasks for so many seconds; steps and tokens, and where the trained model lies."""
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOTrainer
 
     torch.set_num_threads(threads)
     folder.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(STARTER_CHECKPOINT)
-    dialogue, learner, solve = CompactDialogue(), LearnerConfig(), SolveConfig()
-    trained_tokens = 0
-
-    class UntilTime(TrainerCallback):
-        began = 0.0
-
-        def on_train_begin(self, *_: object, **__: object) -> None:
-            self.began = time.monotonic()
-
-        def on_step_end(self, _arguments: object, _state: object, control: Any, **__: object) -> None:  # noqa: ANN401
-            control.should_training_stop = time.monotonic() - self.began >= seconds
-
+    dialogue, trained_tokens, timer = CompactDialogue(), 0, _stop_after(seconds)
+    rows = [{"prompt": dialogue.solve(problem).text, "number": index} for index, problem in enumerate(tasks)]
     with judging() as judge:
 
         def reward(completion_ids: list[list[int]], number: list[int], **_: object) -> list[float]:
             nonlocal trained_tokens
             trained_tokens += sum(map(len, completion_ids))
-            asked = [tasks[index] for index in number]
-            return judge(
-                asked,
-                [_completion(tokenizer, index, ids) for index, ids in enumerate(completion_ids)],
-            )
+            completions = [_completion(tokenizer, index, ids) for index, ids in enumerate(completion_ids)]
+            return judge([tasks[index] for index in number], completions)
 
-        rows = [{"prompt": dialogue.solve(problem).text, "number": index} for index, problem in enumerate(tasks)]
         trainer = GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(STARTER_CHECKPOINT),
             processing_class=tokenizer,
             reward_funcs=reward,
             train_dataset=Dataset.from_list(rows),
-            callbacks=[timer := UntilTime()],
-            args=GRPOConfig(
-                output_dir=str(folder),
-                per_device_train_batch_size=SAMPLES,
-                gradient_accumulation_steps=1,
-                num_generations=GROUP,
-                max_completion_length=solve.max_tokens,
-                temperature=solve.temperature,
-                top_k=0,
-                learning_rate=learner.learning_rate,
-                lr_scheduler_type="constant_with_warmup",
-                warmup_steps=learner.warmup_steps,
-                adam_beta1=learner.betas[0],
-                adam_beta2=learner.betas[1],
-                weight_decay=learner.weight_decay,
-                max_grad_norm=learner.clip_norm,
-                beta=0.0,
-                max_steps=1_000_000,
-                seed=seed,
-                use_cpu=True,
-                bf16=False,
-                gradient_checkpointing=False,
-                save_strategy="no",
-                report_to=[],
-                logging_steps=50,
-                disable_tqdm=True,
-            ),
+            callbacks=[timer],
+            args=_grpo_settings(folder, seed),
         )
         trainer.train()
         taken = time.monotonic() - timer.began
@@ -174,6 +135,55 @@ def theirs_trained(folder: Path, tasks: Sequence[Problem], seconds: float, seed:
         "trained_tokens": trained_tokens,
         "model": str(folder / "model"),
     }
+
+
+def _grpo_settings(folder: Path, seed: int) -> Any:  # noqa: ANN401 - trl is optional
+    """Ours, in their words."""
+    from trl import GRPOConfig
+
+    learner, solve = LearnerConfig(), SolveConfig()
+    return GRPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=SAMPLES,
+        gradient_accumulation_steps=1,
+        num_generations=GROUP,
+        max_completion_length=solve.max_tokens,
+        temperature=solve.temperature,
+        top_k=0,
+        learning_rate=learner.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=learner.warmup_steps,
+        adam_beta1=learner.betas[0],
+        adam_beta2=learner.betas[1],
+        weight_decay=learner.weight_decay,
+        max_grad_norm=learner.clip_norm,
+        beta=0.0,
+        max_steps=1_000_000,
+        seed=seed,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to=[],
+        logging_steps=50,
+        disable_tqdm=True,
+    )
+
+
+def _stop_after(seconds: float) -> Any:  # noqa: ANN401 - transformers' callbacks are loaded by TRL's process only
+    """A callback that ends the training after so long; `began` is when it began."""
+    from transformers import TrainerCallback
+
+    class StopAfter(TrainerCallback):
+        began = 0.0
+
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            self.began = time.monotonic()
+
+        def on_step_end(self, _arguments: object, _state: object, control: Any, **__: object) -> None:  # noqa: ANN401
+            control.should_training_stop = time.monotonic() - self.began >= seconds
+
+    return StopAfter()
 
 
 @contextmanager
