@@ -402,7 +402,12 @@ Message = (
 
 # ---------------------------------------------------------------- inside the self-play process
 
-Status = Literal["ok", "error", "timeout", "memory", "blocked", "nondeterministic", "rejected", "output_too_long"]
+Status = Literal[
+    "ok", "error", "timeout", "memory", "blocked", "nondeterministic", "rejected", "output_too_long", "lost"
+]
+"""`lost`: the host kept it from ending, several times; that says nothing about the program or the answer."""
+Limit = Literal["", "wall", "cpu", "memory", "processes", "files", "output", "calls"]
+"""The limit that a run met, where it met one; `calls` are system calls that no other name stands for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -416,6 +421,8 @@ class Outcome:
     """The same as a Python literal; empty unless ok."""
     error: str = ""
     """Why it is not ok, in a few words."""
+    limit: Limit = ""
+    """Which limit it met: finer than the status."""
     ran: bool = True
     """False: it never came to run, being no program, no literal, or against the rules."""
     wall_ms: float = 0.0
@@ -490,6 +497,8 @@ class Judged:
     attempt: Attempt
     reward: float
     reason: str
+    is_judged: bool = True
+    """False when the sandbox could not run the answer: the attempt is left out, and `reward` means nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

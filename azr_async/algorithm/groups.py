@@ -14,9 +14,12 @@ def rollouts_of_group(
 ) -> list[Rollout]:
     """The samples of a whole group: the proposer's, rewarded by learnability, and the solver's trained attempts.
 
-    The attempts that are trained on are the first by index, not the first to end: short answers end first.
+    Of a group in which nothing could be judged there are none. The attempts that are trained on are the first by index,
+    not the first to end: short answers end first.
     """
     problem = challenge.problem
+    if not judged:
+        return []
     if is_too_long(judged):  # a task that nobody can be asked is no valid task
         if challenge.proposal is None:
             return []

@@ -6,7 +6,7 @@ process that ran the answer, as canonical text; so an answer can neither see it 
 
 An answer has not the asked form if it never came to run: it is no literal (deduction), no argument list of literals
 (abduction), no Python program that defines `f` within the rules (induction). Whatever happens to it later - an error, a
-limit, two different results - makes it wrong.
+limit, two different results - makes it wrong. What the sandbox has lost is not judged: nobody knows what it is worth.
 """
 
 from collections.abc import Sequence
@@ -27,6 +27,8 @@ class Judgement(NamedTuple):
 
     reward: float
     reason: str
+    is_judged: bool = True
+    """False: the host kept the sandbox from running the answer, and the reward means nothing."""
 
 
 def judge_deduction(problem: Problem, answer: Outcome, *, relative_tolerance: float = 0.0) -> Judgement:
@@ -45,11 +47,14 @@ def judge_induction(problem: Problem, runs: Sequence[Outcome], *, relative_toler
     Raises ValueError when the number of runs is another one, since a missing run must never count as a match.
     """
     pairs = judged_pairs(problem)
+    verdict = Judgement(RIGHT, "right")
     for number, (pair, run) in enumerate(zip(pairs, runs, strict=True), start=1):
         judgement = _compare(pair, run, relative_tolerance, "another value")
         if judgement.reward != RIGHT:
-            return Judgement(judgement.reward, f"pair {number} of {len(pairs)}: {judgement.reason}")
-    return Judgement(RIGHT, "right")
+            verdict = judgement._replace(reason=f"pair {number} of {len(pairs)}: {judgement.reason}")
+            if verdict.is_judged:  # else another pair may tell
+                return verdict
+    return verdict
 
 
 def judged_pairs(problem: Problem) -> tuple[Pair, ...]:
@@ -58,10 +63,13 @@ def judged_pairs(problem: Problem) -> tuple[Pair, ...]:
 
 
 def _compare(pair: Pair, outcome: Outcome, relative_tolerance: float, difference: str) -> Judgement:
+    if outcome.status == "lost":
+        return Judgement(WRONG, f"not judged: {outcome.error}", is_judged=False)
     if not outcome.ran:
         return Judgement(MALFORMED, outcome.error)
     if outcome.status != "ok":
-        return Judgement(WRONG, f"{outcome.status}: {outcome.error}" if outcome.error else outcome.status)
+        what = f"{outcome.status} ({outcome.limit})" if outcome.limit else outcome.status
+        return Judgement(WRONG, f"{what}: {outcome.error}" if outcome.error else what)
     if not equal(pair.value, outcome.value, relative_tolerance):
         return Judgement(WRONG, difference)
     return Judgement(RIGHT, "right")

@@ -16,7 +16,7 @@ def problem_from(
     held_out_programs: Collection[str],
     every_pair: bool = False,
 ) -> Problem | str:
-    """The valid task, or the reason why there is none.
+    """The valid task, or the reason why there is none: `lost` where the sandbox could not say.
 
     Args:
         draft: what the proposer wrote.
@@ -28,6 +28,8 @@ def problem_from(
     """
     if program_key(draft.program) in held_out_programs:
         return "held_out"
+    if any(outcome.status == "lost" for outcome in outcomes):
+        return "lost"
     pairs = tuple(
         Pair(input=text, output=outcome.text, value=outcome.value)
         for text, outcome in zip(draft.inputs, outcomes, strict=True)

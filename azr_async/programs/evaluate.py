@@ -21,7 +21,7 @@ from rich.table import Table
 from azr_async.algorithm.dialogue import make_dialogue
 from azr_async.algorithm.judging import RIGHT
 from azr_async.config import SandboxConfig
-from azr_async.errors import CheckpointError
+from azr_async.errors import CheckpointError, SandboxError
 from azr_async.messages import Attempt, Challenge, Completion, GenerateJob, Judged, Pair, Problem, Task
 from azr_async.ports import Dialogue, Sandbox
 from azr_async.programs.execute import limit_options, open_sandbox, whole_number
@@ -58,6 +58,8 @@ async def judge_all(
         judging = verify(attempted, judgements, sandbox=sandbox, dialogue=dialogue, float_tolerance=0.0)
         group.create_task(judging, name="verify")
         async for item in judged:
+            if not item.is_judged:
+                raise SandboxError(f"an answer could not be judged: {item.reason}. Free memory, then try again.")
             rewards[item.attempt.challenge.group_id] = item.reward
     return rewards
 

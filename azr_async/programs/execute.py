@@ -1,7 +1,7 @@
 """`python -m azr_async execute`: runs untrusted programs in the sandbox, JSON lines in, JSON lines out.
 
 In:  `{"id", "program", "input"}`; `program` defines `f`, `input` is its argument list as source text.
-Out: `{"id", "status", "value", "error", "wall_ms"}`, in the order of the input.
+Out: `{"id", "status", "value", "error", "wall_ms"}`, in the order of the input, and `"limit"` where it met one.
 """
 
 import argparse
@@ -84,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m azr_async execute",
         description="Run untrusted programs in the sandbox. Each line of the file is an object with id, program and "
         "input; each answer an object with id, status, value, error and wall_ms, in the same order. status is one of "
-        "ok, error, timeout, memory, blocked, nondeterministic, rejected, output_too_long.",
+        "ok, error, timeout, memory, blocked, nondeterministic, rejected, output_too_long, or lost where the host kept "
+        "it from running; limit says which it met: wall, cpu, memory, processes, files, output or calls.",
     )
     sandbox_options(parser, DEFAULTS)
     runs = (
@@ -115,7 +116,7 @@ async def _execute(options: argparse.Namespace) -> int:
                 "value": outcome.text if outcome.status == "ok" else None,
                 "error": outcome.error or None,
                 "wall_ms": round(outcome.wall_ms, 3),
-            }
+            } | ({"limit": outcome.limit} if outcome.limit else {})
 
         await answer_lines(options.file, options.output, answer=answer, refuse=_refuse)
     return 0

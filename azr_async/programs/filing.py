@@ -60,7 +60,8 @@ class Filing:
             successes=sum(item.reward == RIGHT for item in judged),
             reward=proposer[0] if proposer else None,
         )
-        self._file(challenge.group_id, challenge.problem.task, rollouts, rest="its task fits no prompt")
+        rest = "its task fits no prompt" if is_too_long(judged) else "the sandbox could not judge it"
+        self._file(challenge.group_id, challenge.problem.task, rollouts, rest=rest)
 
     def rejected(self, rejected: Rejected, rollouts: list[Rollout]) -> None:
         """A proposal is no valid task."""

@@ -4,7 +4,8 @@ In:  `{"id", "task", "program", "input", "output", "pairs", "answer"}`, as the t
      deduction  `output`, or `program` and `input` to compute it; `answer` is a literal
      abduction  `program` and `output`, or `program` and `input` to compute it; `answer` is an argument list
      induction  `pairs`, each `[input, output]` or `{"input", "output"}`, all of which must match; `answer` is a program
-Out: `{"id", "correct", "reason"}`, in the order of the input.
+Out: `{"id", "correct", "reason"}`, in the order of the input; `correct` is null where the host kept the sandbox from
+     running the answer, several times.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from azr_async.adapters.sandbox.pool import SandboxPool
 from azr_async.algorithm.judging import (
     INDUCTION_RUNS,
     RIGHT,
+    WRONG,
     Judgement,
     judge_abduction,
     judge_deduction,
@@ -22,9 +24,13 @@ from azr_async.algorithm.judging import (
     judged_pairs,
 )
 from azr_async.config import SandboxConfig
-from azr_async.messages import TASKS, Pair, Problem, Task
+from azr_async.messages import TASKS, Outcome, Pair, Problem, Task
 from azr_async.programs.execute import open_sandbox, sandbox_options
 from azr_async.programs.jsonl import BadLine, Row, answer_lines, run_tool, text_field
+
+
+class _GoldLost(Exception):
+    """The host has kept the sandbox from finding the right answer."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -58,8 +64,12 @@ async def _judge(options: argparse.Namespace) -> int:
     async with open_sandbox(options) as sandbox:
 
         async def answer(row: Row) -> Row:
-            reward, reason = await _judgement(row, sandbox, options.relative_tolerance)
-            return {"id": row.get("id"), "correct": reward == RIGHT, "reason": reason}
+            try:
+                judgement = await _judgement(row, sandbox, options.relative_tolerance)
+            except _GoldLost as error:
+                judgement = Judgement(WRONG, f"not judged: {error}", is_judged=False)
+            correct = judgement.reward == RIGHT if judgement.is_judged else None
+            return {"id": row.get("id"), "correct": correct, "reason": judgement.reason}
 
         await answer_lines(options.file, options.output, answer=answer, refuse=_refuse)
     return 0
@@ -109,14 +119,20 @@ def _both(pair: Any) -> tuple[str, str]:  # noqa: ANN401 - it comes from a line
 
 
 async def _gold_pair(text: str, output: str, sandbox: SandboxPool) -> Pair:
-    gold = await sandbox.literal(output)
+    gold = _not_lost(await sandbox.literal(output))
     if gold.status != "ok":
         raise BadLine(f"the output {output[:60]!r} is no value: {gold.error}")
     return Pair(input=text, output=gold.text, value=gold.value)
 
 
 async def _computed_pair(program: str, text: str, sandbox: SandboxPool) -> Pair:
-    (gold,) = await sandbox.run(program, [text], times=2)
+    gold = _not_lost((await sandbox.run(program, [text], times=2))[0])
     if gold.status != "ok":
         raise BadLine(f"the program gives no value for its input: {gold.status}, {gold.error}")
     return Pair(input=text, output=gold.text, value=gold.value)
+
+
+def _not_lost(outcome: Outcome) -> Outcome:
+    if outcome.status == "lost":
+        raise _GoldLost(outcome.error)
+    return outcome

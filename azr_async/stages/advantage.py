@@ -18,7 +18,7 @@ async def advantage(
     on_rejected: Callable[[Rejected, list[Rollout]], None],
     proposer_extreme: float,
 ) -> None:
-    """Collect the attempts of each group and turn it into samples, the moment it is whole.
+    """Collect the attempts of each group and turn it into samples, the moment it is whole; leave out the unjudged.
 
     consumes   judgements and rejections, until their senders have closed
     produces   calls of `on_group` and `on_rejected`, which file the samples for the next batch
@@ -35,6 +35,7 @@ async def advantage(
             group.append(judged)
             if len(group) == challenge.attempts:
                 del judged_by_group[challenge.group_id]
+                group = [item for item in group if item.is_judged]
                 rollouts = rollouts_of_group(
                     challenge, group, proposer_extreme=proposer_extreme, rollout_ids=rollout_ids
                 )

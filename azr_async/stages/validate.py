@@ -33,7 +33,7 @@ async def validate(
     async def work(proposal: Proposal) -> None:
         verdict = await _problem_or_reason(proposal)
         if isinstance(verdict, str):
-            is_trained = verdict not in ("held_out", "prompt_too_long")
+            is_trained = verdict not in ("held_out", "prompt_too_long", "lost")
             await rejections.send(Rejected(proposal=proposal, reason=verdict, is_trained=is_trained))
             return
         admission = proposal.admission

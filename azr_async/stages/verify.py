@@ -32,8 +32,8 @@ async def verify(
     """
 
     async def work(attempt: Attempt) -> None:
-        reward, reason = await _judge(attempt.challenge.problem, attempt.completion)
-        await judgements.send(Judged(attempt=attempt, reward=reward, reason=reason))
+        judgement = await _judge(attempt.challenge.problem, attempt.completion)
+        await judgements.send(Judged(attempt=attempt, **judgement._asdict()))
 
     async def _judge(problem: Problem, completion: Completion) -> Judgement:
         if completion.finish != "stop":

@@ -20,7 +20,7 @@ from azr_async.adapters.sandbox.inside.parser import _part
 from azr_async.adapters.sandbox.inside.wire import with_length
 from azr_async.adapters.sandbox.parsing import _parts_of, _Request
 from azr_async.adapters.sandbox.pool import DEFAULT_IMPORTS, DOUBTFUL_RUNS, SandboxPool
-from azr_async.adapters.sandbox.verdicts import LOST, Limits, Report, agreed, outcomes_of
+from azr_async.adapters.sandbox.verdicts import Limits, Report, agreed, lost, outcomes_of
 from azr_async.errors import SandboxError
 from azr_async.messages import Outcome
 
@@ -120,10 +120,11 @@ def test_a_claim_counts_up_to_the_input_at_which_the_process_ended(
         was_killed=was_killed,
         wait_status=wait_status,
         cpu_seconds=0.0,
+        peak_kib=0,
         wall_ms=1.0,
     )
     count = len(frames) if len(frames) in (1, 2) and not was_killed else 3
-    outcomes = outcomes_of(report, count, Limits(wall_seconds=1.0, cpu_seconds=1, result_bytes=100))
+    outcomes = outcomes_of(report, count, Limits(wall_seconds=1.0, cpu_seconds=1, result_bytes=100, memory_mb=128))
     assert [outcome.status for outcome in outcomes] == expected
     assert report.was_forced == (was_killed or wait_status != 0)
 
@@ -167,7 +168,9 @@ def test_an_answer_of_another_form_is_no_answer(reply: bytes) -> None:
 
 def test_a_run_whose_process_died_says_nothing_about_the_program() -> None:
     ok = Outcome(status="ok", value="1")
-    assert agreed(LOST, ok) == agreed(ok, LOST) == LOST
+    gone = lost("its zygote has ended")
+    assert agreed(gone, ok) == agreed(ok, gone) == gone
+    assert gone.status == "lost"
 
 
 async def test_parse_bombs_are_refused_before_they_are_compiled() -> None:

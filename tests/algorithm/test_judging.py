@@ -55,6 +55,27 @@ def test_an_answer_without_the_asked_form_earns_minus_1(judge: Judge) -> None:
     assert "not a literal" in judgement.reason
 
 
+@pytest.mark.parametrize("judge", JUDGES)
+def test_what_the_sandbox_lost_is_not_judged(judge: Judge) -> None:
+    judgement = judge(problem(None), Outcome(status="lost", error="killed"))
+    assert not judgement.is_judged
+    assert "killed" in judgement.reason
+
+
+def test_a_lost_pair_leaves_open_what_the_others_do_not_decide() -> None:
+    lost = Outcome(status="lost")
+    assert not judge_induction(problem(9, 0, 1, 2), [returned(0), lost, returned(2)]).is_judged
+    wrong = judge_induction(problem(9, 0, 1, 2), [returned(0), lost, returned(9)])
+    assert (wrong.reward, wrong.is_judged) == (-0.5, True)
+    assert "pair 3 of 3" in wrong.reason
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+def test_a_reason_names_the_limit(judge: Judge) -> None:
+    outcome = Outcome(status="timeout", limit="cpu", error="CPU time")
+    assert judge(problem(None), outcome).reason.endswith("timeout (cpu): CPU time")
+
+
 def test_a_program_that_is_no_program_earns_minus_1() -> None:
     assert judge_induction(problem(None), [Outcome(status="error", error="not Python", ran=False)]).reward == -1.0
 

@@ -32,6 +32,12 @@ def test_the_reason_is_the_status_of_what_failed() -> None:
     assert verdict(draft("1"), bad("timeout")) == "timeout"
 
 
+def test_what_the_sandbox_lost_is_neither_a_task_nor_its_authors_fault() -> None:
+    assert verdict(draft("1"), bad("lost")) == "lost"
+    assert verdict(draft("1", "2", "3", task="induction"), ok(1), bad("lost"), ok(3)) == "lost"
+    assert verdict(draft("1", program="def f(x):\n    return 9"), bad("lost")) == "held_out"
+
+
 def test_an_output_over_the_limit_is_rejected_not_cut() -> None:
     assert verdict(draft("1"), ok("a" * 60)) == "too_long_or_too_few"
 

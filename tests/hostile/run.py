@@ -56,7 +56,7 @@ VICTIM_VALUE: Final = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attack:
-    """One hostile program, and the statuses that are right for it."""
+    """One hostile program, and the statuses that are right for it; `status/limit` where only that limit is."""
 
     name: str
     program: str
@@ -126,8 +126,9 @@ async def attack(*, is_gated: bool) -> dict[str, object]:
                 async with slots:
                     (outcome,) = await pool.run(attack.program, [attack.input], times=2)
                     right = attack.gated if is_gated else attack.ungated
-                    if outcome.status not in right:
-                        wrong[attack.name] = f"{outcome.status} {outcome.error}{outcome.text}, not {' or '.join(right)}"
+                    found = f"{outcome.status}/{outcome.limit}"
+                    if outcome.status not in right and found not in right:
+                        wrong[attack.name] = f"{found} {outcome.error}{outcome.text}, not {' or '.join(right)}"
                     if "escaped" in outcome.text:
                         escapes.append(f"{attack.name}: {outcome.text}")
                     (victim,) = await pool.run(VICTIM, [str(number)], times=2)

@@ -28,6 +28,7 @@ GROUPS = {
     "parsing",
     "nondeterminism",
 }
+LIMITS = {"wall", "cpu", "memory", "processes", "files", "output", "calls"}
 STATUSES = {"ok", "error", "timeout", "memory", "blocked", "nondeterministic", "rejected", "output_too_long"}
 
 
@@ -64,5 +65,8 @@ def test_every_group_has_programs_and_every_program_says_what_is_right() -> None
     for path, (what, gated, ungated, argument) in heads.items():
         assert what.startswith(b"# "), path
         assert argument.startswith(b"# input:"), path
-        assert set(gated.decode().removeprefix("# gated: ").split()) <= STATUSES, path
-        assert set(ungated.decode().removeprefix("# ungated: ").split()) <= STATUSES, path
+        expected = gated.decode().removeprefix("# gated: ").split()
+        expected += ungated.decode().removeprefix("# ungated: ").split()
+        statuses, limits = zip(*(each.partition("/")[::2] for each in expected), strict=True)
+        assert set(statuses) <= STATUSES, path
+        assert set(limits) <= LIMITS | {""}, path

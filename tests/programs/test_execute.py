@@ -65,6 +65,8 @@ def test_every_line_is_answered_in_order(tmp_path: Path) -> None:
         *("timeout", "ok", "error", "rejected", "rejected", "memory", "output_too_long", "nondeterministic"),
     ]
     assert rows[1]["value"] == "{'b': (True,), 'a': {1, 3}}"
+    limits = {0: "wall", 5: "memory", 6: "output"}
+    assert {number: row.pop("limit") for number, row in enumerate(rows) if "limit" in row} == limits
     assert [set(row) for row in rows] == [{"id", "status", "value", "error", "wall_ms"}] * len(rows)
     assert all((row["value"] is None) == (row["status"] != "ok") for row in rows)
 

@@ -4,7 +4,16 @@ import asyncio
 from functools import partial
 from typing import Final, Literal
 
-from azr_async.adapters.sandbox.helpers import Helper, HelperGone, HelperSettings, NotBegun, Role, start_helper
+from azr_async.adapters.sandbox.helpers import (
+    Helper,
+    HelperGone,
+    HelperSettings,
+    NotBegun,
+    Role,
+    StartFailed,
+    no_room,
+    start_helper,
+)
 from azr_async.adapters.sandbox.inside.canaries import CANARIES, CANARY
 from azr_async.adapters.sandbox.inside.wire import with_length
 from azr_async.adapters.sandbox.lanes import Lane
@@ -29,6 +38,7 @@ ATTEMPTS: Final = 3
 WALL: Final = ("seccomp", "no_new_privs", "rlimits")
 """Layers without which a program could get out; the others stand behind them."""
 CANARY_WALL_SECONDS: Final = 0.2
+CANARY_LIMITS: Final = Limits(wall_seconds=CANARY_WALL_SECONDS, cpu_seconds=1, result_bytes=100, memory_mb=1)
 
 
 class Crew:
@@ -77,14 +87,22 @@ class Crew:
         """Processes that had to be replaced, so far."""
         return sum(lane.restarts for lane in self._lanes) + self._parsers.restarts
 
-    async def parse(self, mode: str, program: str | None, inputs: list[str]) -> list[bytes] | None:
+    @property
+    def is_walled(self) -> bool:
+        """Whether the filter holds programs: then none of them can send a signal, not even to itself."""
+        return _is_verified(self.layers["seccomp"])
+
+    async def parse(self, mode: str, program: str | None, inputs: list[str]) -> list[bytes]:
         """As `ParsingDesk.parse`."""
         return await self._desk.parse(mode, program, inputs)
 
-    async def fork(self, flavour: int, code: bytes, arguments: list[bytes]) -> Report | None:
-        """Run compiled code on `arguments` in one fork of a zygote of `flavour`; None if each attempt's zygote died."""
+    async def fork(self, flavour: int, code: bytes, arguments: list[bytes]) -> Report | str:
+        """Run compiled code on `arguments` in one fork of a zygote of `flavour`.
+
+        A text if each attempt's zygote died: why the last one did.
+        """
         request = b"".join(map(with_length, [code, *arguments]))
-        attempts_left, vain_left = ATTEMPTS, self._workers + SPARE_SLOTS
+        attempts_left, vain_left, reason = ATTEMPTS, self._workers + SPARE_SLOTS, ""
         while attempts_left and vain_left:
             with self.meter.queued():
                 await self._permits.acquire()
@@ -96,13 +114,13 @@ class Crew:
                         report = await slot.run(request, self._limits, inputs=len(arguments))
                     self.meter.kills += report.was_forced
                     return report
-            except NotBegun:  # when memory is short, waiting children may die by the dozen
-                vain_left -= 1
-            except HelperGone:
-                attempts_left -= 1
+            except NotBegun as error:  # when memory is short, waiting children may die by the dozen
+                vain_left, reason = vain_left - 1, str(error)
+            except HelperGone as error:
+                attempts_left, reason = attempts_left - 1, str(error)
             finally:
                 permit.release()
-        return None
+        return reason
 
     async def _start_slot(self, flavour: int) -> Slot:
         return Slot(await self._start("zygote", flavour))
@@ -128,20 +146,27 @@ class Crew:
     async def _release_canaries(self) -> None:
         """Try to get out by every way known."""
         escaped = []
-        limits = Limits(wall_seconds=CANARY_WALL_SECONDS, cpu_seconds=1, result_bytes=100)
         for name in CANARIES:
             try:
-                async with self._lanes[0].member() as slot:
-                    report = await slot.run(with_length(CANARY + name.encode()), limits, inputs=1)
+                if b"escaped" in await self._release(name):
+                    escaped.append(name)
             except HelperGone:
                 escaped.append(f"{name} and end its zygote")
-                continue
-            if b"escaped" in report.content:
-                escaped.append(name)
         if escaped:
             self._refuse(f"a program could {', '.join(escaped)}")
         held = f"{len(CANARIES) - len(escaped)} of {len(CANARIES)} held"
         self.layers["canaries"] = f"verified {held}" if not escaped else f"escaped: {', '.join(escaped)}; {held}"
+
+    async def _release(self, name: str) -> bytes:
+        """What one canary wrote. Raises StartFailed when its process cannot be had, HelperGone when its zygote ends."""
+        for attempts_left in reversed(range(ATTEMPTS)):
+            try:
+                async with self._lanes[0].member() as slot:
+                    return (await slot.run(with_length(CANARY + name.encode()), CANARY_LIMITS, inputs=1)).content
+            except NotBegun as error:  # it says nothing about the canary
+                if not attempts_left:
+                    raise StartFailed(no_room("zygote", str(error))) from None
+        raise AssertionError
 
     def _refuse(self, problem: str) -> None:
         """Refuse to go on, if that is what was asked for; otherwise only say so."""

@@ -39,6 +39,10 @@ class NotBegun(HelperGone):
     """The child that was to run a program died before it had read it: that says nothing about the program."""
 
 
+class HelperKilled(HelperGone):
+    """The sandboxed process was killed, and not by the pool."""
+
+
 class StartFailed(SandboxError):
     """A sandboxed process did not come up. That may be different in a moment."""
 
@@ -75,6 +79,13 @@ class Helper:
     layers: dict[str, str]
     open_fds: list[int]
     """All of the above, until they are closed."""
+
+    def ended_by_kill(self) -> bool:
+        """Of a process that has hung up by itself: whether SIGKILL has ended it, for want of memory perhaps."""
+        with suppress(subprocess.TimeoutExpired):
+            # Where it is the first of a PID namespace, the one that waits for it passes the number on.
+            return self.process.wait(KILL_SECONDS) in (-signal.SIGKILL, -signal.SIGKILL & 0xFF)
+        return False
 
     def strike(self) -> None:
         """Begin to `kill`, without waiting for the end."""
@@ -141,12 +152,20 @@ def _launch(role: Role, settings: HelperSettings, flavour: int) -> Helper:
     )
 
 
+def no_room(role: str, reason: str) -> str:
+    """What to say where a process or memory is wanting."""
+    return (
+        f"the sandbox's {role} cannot be started: {reason}. Are this user's processes or the memory used up "
+        "(`ulimit -u`, `free`)? Lower sandbox.workers."
+    )
+
+
 def _hint(role: Role, error: OSError) -> str:
     match error.errno:
         case errno.EMFILE | errno.ENFILE:
             advice = "Raise the limit of open files (`ulimit -n`) or lower sandbox.workers."
         case errno.EAGAIN | errno.ENOMEM:
-            advice = "Are this user's processes or the memory used up? Lower sandbox.workers."
+            return no_room(role, str(error.strerror))
         case _:
             advice = f"Can this user execute {_python()}, and read the installation that it belongs to?"
     return f"the sandbox's {role} cannot be started ({error.strerror}). {advice}"
@@ -216,6 +235,8 @@ async def _read_ready_message(helper: Helper, role: Role) -> dict[str, str]:
     finally:
         loop.remove_reader(helper.result_fd)
     layers: dict[str, str] = json.loads(content[4:])
+    if "no_fork" in layers:
+        raise StartFailed(no_room(role, f"no process can be forked ({layers['no_fork']})"))
     if "failed" in layers:
         raise StartFailed(
             f"the sandbox's {role} could not start: {layers['failed']}. If it names a module, take it out of "

@@ -17,6 +17,8 @@ class Meter:
     def __init__(self) -> None:
         self.statuses: Counter[str] = Counter()
         """Outcomes of program and input by status, remembered ones not counted."""
+        self.limits: Counter[str] = Counter()
+        """Those of them that met a limit, by limit."""
         self.remembered = 0
         """Outcomes that were answered from memory."""
         self.forks = 0
@@ -56,6 +58,8 @@ class Meter:
     def count(self, outcome: Outcome) -> None:
         """Take note of a new outcome."""
         self.statuses[outcome.status] += 1
+        if outcome.limit:
+            self.limits[outcome.limit] += 1
         if outcome.wall_ms > 0.0:  # it came to run
             self._wall_ms.append(outcome.wall_ms)
 

@@ -6,12 +6,12 @@ of them took too long or broke the parser, each is sent again alone: no text can
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
 from typing import Final
 
-from azr_async.adapters.sandbox.helpers import Helper, HelperGone
+from azr_async.adapters.sandbox.helpers import Helper, HelperGone, HelperKilled
 from azr_async.adapters.sandbox.inside.wire import split_parts, with_length
 from azr_async.adapters.sandbox.lanes import Lane
 from azr_async.adapters.sandbox.permits import Permit
@@ -23,7 +23,11 @@ STRAGGLER_SECONDS: Final = 0.2
 REPLY_BYTES: Final = 1 << 25
 TOGETHER: Final = 16
 TOGETHER_CHARACTERS: Final = 1 << 17
+PIECE_CHARACTERS: Final = 1 << 16
+"""Texts of one call that are together longer travel apart."""
 ATTEMPTS: Final = 3
+UNREAD: Final = b"Uit cannot be parsed within limits"
+LOST: Final = b"Kthe parser was killed from outside"
 
 
 @dataclass(eq=False, slots=True)
@@ -33,6 +37,8 @@ class _Request:
     """How many parts its answer has."""
     answer: list[bytes] | None = None
     must_go_alone: bool = False
+    is_lost: bool = False
+    """Its parser was killed from outside the last time."""
 
 
 class ParsingDesk:
@@ -43,15 +49,42 @@ class ParsingDesk:
         self._permits = asyncio.Semaphore(together)
         self._waiting: list[_Request] = []
 
-    async def parse(self, mode: str, program: str | None, inputs: Sequence[str]) -> list[bytes] | None:
+    async def parse(self, mode: str, program: str | None, inputs: Sequence[str]) -> list[bytes]:
         """One part for the program, unless it is None, and one for each input (inside/parser.py).
 
-        None if they cannot be parsed within limits, which may be different the next time.
+        `UNREAD` where a text cannot be parsed within limits, `LOST` where its parsers were killed from outside: both
+        may be different the next time.
         """
+        pieces = list(_pieces(program, inputs))
+        if len(pieces) == 1:
+            return await self._parse_piece(mode, *pieces[0])
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._parse_piece(mode, *piece)) for piece in pieces]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [part for task in tasks for part in task.result()]
+
+    async def _parse_piece(self, mode: str, program: str | None, inputs: Sequence[str]) -> list[bytes]:
+        """All its texts in one request; where that fails, each text for itself, so that none pays for another one."""
         request = _Request(_as_json(mode, program, inputs), len(inputs) + (program is not None))
+        if request.parts == 1:
+            return await self._answer(request, ATTEMPTS) or [LOST if request.is_lost else UNREAD]
+        answer = await self._answer(request, ATTEMPTS - 1)
+        if answer is not None:
+            return answer
+        singles = [] if program is None else [_Request(_as_json(mode, program, []), 1)]
+        singles += [_Request(_as_json(mode, None, [text]), 1) for text in inputs]
+        parts = []
+        for single in singles:  # one after the other: a call that is slow to read takes one parser, not all
+            single.must_go_alone = True
+            parts += await self._answer(single, ATTEMPTS - 1) or [LOST if single.is_lost else UNREAD]
+        return parts
+
+    async def _answer(self, request: _Request, attempts: int) -> list[bytes] | None:
         self._waiting.append(request)
         try:
-            for _ in range(ATTEMPTS):
+            for _ in range(attempts):
                 if request.answer is None:
                     await self._attempt(request)
         finally:
@@ -95,13 +128,26 @@ class ParsingDesk:
         try:
             reply = await parser.parse(frame, TOGETHER_SECONDS if len(batch) > 1 else ALONE_SECONDS)
             answers = _parts_of(reply, batch)
-        except (TimeoutError, HelperGone, ValueError):
+        except (TimeoutError, HelperGone, ValueError) as error:
             parser.close()
             for request in batch:
                 request.must_go_alone = True
+                request.is_lost = isinstance(error, HelperKilled)
             return
         for request, parts in zip(batch, answers, strict=True):
             request.answer = parts
+
+
+def _pieces(program: str | None, inputs: Sequence[str]) -> Iterator[tuple[str | None, list[str]]]:
+    """The texts of one call in their order, at most `PIECE_CHARACTERS` together unless a single one is longer."""
+    length, piece = len(program or ""), list[str]()
+    for text in inputs:
+        if length + len(text) > PIECE_CHARACTERS and (piece or program is not None):
+            yield program, piece
+            program, length, piece = None, 0, []
+        piece.append(text)
+        length += len(text)
+    yield program, piece
 
 
 def _as_json(mode: str, program: str | None, inputs: Sequence[str]) -> str:
@@ -163,10 +209,14 @@ class Parser:
             chunk = os.read(self.helper.result_fd, CHUNK_BYTES)
         except BlockingIOError:
             return
+        if not chunk:
+            is_killed = self.helper.ended_by_kill()
+            self._break(HelperKilled("the parser was killed") if is_killed else HelperGone("the parser has ended"))
+            return
         self._content += chunk
         size = 4 + int.from_bytes(self._content[:4], "little") if len(self._content) >= 4 else 4
-        if not chunk or self._replied is None or size > REPLY_BYTES or len(self._content) > size:
-            self._break("the parser has ended or talks nonsense")
+        if self._replied is None or size > REPLY_BYTES or len(self._content) > size:
+            self._break(HelperGone("the parser talks nonsense"))
         elif len(self._content) == size and size > 4 and not self._replied.done():
             self._replied.set_result(bytes(self._content[4:]))
 
@@ -174,8 +224,8 @@ class Parser:
         if self._replied is not None and not self._replied.done():
             self._replied.set_exception(TimeoutError())
 
-    def _break(self, reason: str) -> None:
+    def _break(self, reason: HelperGone) -> None:
         if self._replied is not None and not self._replied.done():
-            self._replied.set_exception(HelperGone(reason))
+            self._replied.set_exception(reason)
         elif self._replied is None:
             self.close()

@@ -9,7 +9,7 @@ from azr_async.adapters.sandbox.helpers import HelperSettings
 from azr_async.adapters.sandbox.inside.wire import DOUBTFUL
 from azr_async.adapters.sandbox.meter import Meter
 from azr_async.adapters.sandbox.recent import Recent, digest
-from azr_async.adapters.sandbox.verdicts import LOST, Limits, agreed, outcomes_of
+from azr_async.adapters.sandbox.verdicts import KILLED, Limits, agreed, lost, outcomes_of
 from azr_async.algorithm.values import read
 from azr_async.messages import Outcome, Status
 
@@ -23,6 +23,8 @@ DEFAULT_IMPORTS: Final = tuple(_COMPUTING_MODULES.split())
 
 SOURCE_CHARACTERS: Final = 65_536
 INPUTS_PER_FORK: Final = 64
+KILLED_RUNS: Final = 3
+"""How often an input is tried whose process is killed from outside."""
 DOUBTFUL_RUNS: Final = 5
 """Runs in which a program that may hang on hashes or clocks must agree, where an ordinary one must in two."""
 
@@ -60,7 +62,10 @@ class SandboxPool:
         is_gated: bool = True,
     ) -> None:
         limits = self._limits = Limits(
-            wall_seconds=wall_seconds, cpu_seconds=max(1, math.ceil(cpu_seconds)), result_bytes=result_bytes
+            wall_seconds=wall_seconds,
+            cpu_seconds=max(1, math.ceil(cpu_seconds)),
+            result_bytes=result_bytes,
+            memory_mb=memory_mb,
         )
         settings = HelperSettings(
             allowed_imports=allowed_imports,
@@ -116,6 +121,7 @@ class SandboxPool:
         meter = self._crew.meter
         return {
             **{f"executions.{status}": float(count) for status, count in meter.statuses.items()},
+            **{f"limits.{limit}": float(count) for limit, count in meter.limits.items()},
             **{f"latency_ms.p{percentile}": ms for percentile, ms in meter.latency_ms(50, 90, 99).items()},
             "remembered": float(meter.remembered),
             "forks": float(meter.forks),
@@ -196,16 +202,23 @@ class SandboxPool:
         if len(program) > SOURCE_CHARACTERS:
             return _TOO_LONG, [_TOO_LONG] * len(inputs)
         code, *arguments = await self._parse(input_mode, program, inputs)
-        if code[:1] != _UNREAD[:1]:
+        if code[:1] not in (b"U", b"K"):
             self._codes.put(key, code, len(code))
         return code, arguments
 
     async def _execute(self, flavour: int, code: bytes, arguments: list[bytes]) -> list[Outcome]:
         outcomes: list[Outcome] = []
+        kills = 0
         while len(outcomes) < len(arguments):
             rest = arguments[len(outcomes) :]
             report = await self._crew.fork(flavour, code, rest)
-            outcomes += [LOST] if report is None else outcomes_of(report, len(rest), self._limits)
+            found = [lost(report)] if isinstance(report, str) else outcomes_of(report, len(rest), self._limits)
+            kills = kills + 1 if found == [KILLED] else 0
+            if 0 < kills < KILLED_RUNS:
+                continue
+            if kills:
+                found, kills = [KILLED if self._crew.is_walled else KILLED_ITSELF], 0
+            outcomes += found
             if outcomes[-1].status == "timeout":
                 outcomes += [NOT_TRIED] * (len(arguments) - len(outcomes))
         return outcomes
@@ -213,25 +226,24 @@ class SandboxPool:
     async def _parse(self, mode: str, program: str | None, inputs: list[str]) -> list[bytes]:
         """The parts of all texts. An input that is too long is refused by itself."""
         fitting = [text for text in inputs if len(text) <= SOURCE_CHARACTERS]
-        parts = await self._crew.parse(mode, program, fitting)
-        if parts is None:
-            parts = [_UNREAD] * (len(fitting) + (program is not None))
-        left = iter(parts)
+        left = iter(await self._crew.parse(mode, program, fitting))
         head = [] if program is None else [next(left)]
         return head + [next(left) if len(text) <= SOURCE_CHARACTERS else _TOO_LONG for text in inputs]
 
 
 _TOO_LONG: Final = f"Elonger than {SOURCE_CHARACTERS} characters".encode()
-_UNREAD: Final = b"Uit cannot be parsed within limits"
 
 NOT_TRIED: Final = Outcome(status="timeout", error="not tried: an earlier input of the same call took too long")
+
+KILLED_ITSELF: Final = Outcome(status="memory", limit="memory", error="killed, each time")
+"""Without the wall a program can do that: it is charged with it."""
 
 UNREAD: Final = Outcome(status="rejected", error="it could not be parsed within limits", ran=False)
 
 
 def _is_of_the_moment(outcome: Outcome) -> bool:
     """Whether the next try may end otherwise, so that this is not to be remembered."""
-    return outcome is NOT_TRIED or outcome is LOST or outcome is UNREAD
+    return outcome is NOT_TRIED or outcome is UNREAD or outcome.status == "lost"
 
 
 def _size(outcome: Outcome) -> int:
@@ -242,6 +254,8 @@ def _not_run(part: bytes) -> Outcome:
     """The outcome of a program or input for which the parser gave this part."""
     if part[:1] == b"U":
         return UNREAD
+    if part[:1] == b"K":
+        return lost(part[1:].decode())
     status: Status = "error" if part[:1] == b"S" else "rejected"
     return Outcome(status=status, error=part[1:].decode("utf-8", "replace")[:200], ran=False)
 

@@ -5,13 +5,14 @@ runs, and never used again.
 """
 
 import asyncio
+import math
 import os
 import select
 import time
 from typing import Final
 
 from azr_async.adapters.sandbox.helpers import Helper, HelperGone, NotBegun
-from azr_async.adapters.sandbox.inside.wire import ORDER, REPORT, with_length
+from azr_async.adapters.sandbox.inside.wire import NO_FORK, ORDER, REPORT, with_length
 from azr_async.adapters.sandbox.verdicts import Limits, Report
 
 BACKSTOP_SECONDS: Final = 3.0
@@ -19,6 +20,8 @@ BACKSTOP_SECONDS: Final = 3.0
 FRAME_BYTES: Final = 300
 """What a result may take beside its value: length, letter, the text of an error."""
 CHUNK_BYTES: Final = 1 << 16
+SHORT_WALL_SECONDS: Final = 0.1
+"""Within a shorter limit a waiting child need not even have woken up: then it is the limit's doing."""
 
 
 class Slot:
@@ -37,7 +40,7 @@ class Slot:
     async def run(self, request: bytes, limits: Limits, *, inputs: int) -> Report:
         """Run one program. Raises HelperGone when the zygote ends or is silent past the program's deadline.
 
-        NotBegun when the child that waited for it has died.
+        NotBegun when the child that waited for it has died, or none could be forked.
         """
         self._content.clear()
         self._limit_bytes = inputs * (limits.result_bytes + FRAME_BYTES)
@@ -53,12 +56,12 @@ class Slot:
                 self._loop.add_reader(self.helper.result_fd, self._read_result)
             # The request first: the child need not wait until its zygote has woken up.
             self._writer.write(with_length(request))
-            os.write(self.helper.control_fd, ORDER.pack(int(limits.wall_seconds * 1000)))
+            os.write(self.helper.control_fd, ORDER.pack(math.ceil(limits.wall_seconds * 1000)))
             report = await ended
-            if self._clear_away(report) == 4 + len(request):
+            reason = self._why_not_begun(report, 4 + len(request), limits)
+            if reason:
                 report = b""
-                # For want of memory while it waited, perhaps.
-                raise NotBegun("the child died before it had read its request")
+                raise NotBegun(reason)
         except BrokenPipeError:
             raise HelperGone("the zygote has ended") from None
         finally:
@@ -80,19 +83,30 @@ class Slot:
             self.helper.kill()
         self._break("the sandbox was closed")
 
+    def _why_not_begun(self, report: bytes, request_bytes: int, limits: Limits) -> str:
+        """Why nobody has read the request; empty if somebody has, and always with the pipe of requests empty again."""
+        was_killed, status, *_ = REPORT.unpack(report)
+        if was_killed == NO_FORK:
+            return f"no process can be forked ({os.strerror(status)})"
+        is_unread = self._clear_away(report) == request_bytes
+        if not is_unread or (was_killed and limits.wall_seconds < SHORT_WALL_SECONDS):
+            return ""
+        return "the child died before it had read its request"  # for want of memory while it waited, perhaps
+
     def _clear_away(self, report: bytes) -> int:
         """What a child that did not end well has left of its request, in bytes. The next child finds the pipe empty."""
         was_killed, wait_status, *_ = REPORT.unpack(report)
         return self._writer.stop() + _drain(self.helper.leftover_fd) if was_killed or wait_status != 0 else 0
 
     def _report(self, report: bytes, wall_ms: float) -> Report:
-        was_killed, wait_status, user_us, system_us, _ = REPORT.unpack(report)
+        was_killed, wait_status, user_us, system_us, peak_kib = REPORT.unpack(report)
         return Report(
             content=bytes(self._content),
             is_over_limit=len(self._content) > self._limit_bytes,
             was_killed=bool(was_killed),
             wait_status=wait_status,
             cpu_seconds=(user_us + system_us) / 1e6,
+            peak_kib=peak_kib,
             wall_ms=wall_ms,
         )
 

@@ -9,6 +9,7 @@ import signal
 from dataclasses import dataclass
 from typing import Final
 
+from azr_async.adapters.sandbox.inside.wire import NOTE
 from azr_async.algorithm.values import read
 from azr_async.messages import Outcome
 
@@ -20,6 +21,7 @@ class Limits:
     wall_seconds: float
     cpu_seconds: int
     result_bytes: int
+    memory_mb: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +36,8 @@ class Report:
     """At its wall deadline."""
     wait_status: int
     cpu_seconds: float
+    peak_kib: int
+    """Most memory that it had in use at once, beyond what it was forked with."""
     wall_ms: float
 
     @property
@@ -42,8 +46,15 @@ class Report:
         return self.was_killed or os.WIFSIGNALED(self.wait_status)
 
 
-LOST: Final = Outcome(status="error", error="the process that ran it died, several times")
-"""Says nothing about the program."""
+KILLED: Final = Outcome(status="lost", error="killed from outside, below all limits of its own")
+"""By the kernel, which wanted memory, or by somebody: no program can do it to itself behind the wall."""
+OWN_SHARE: Final = 0.9
+"""Of a limit: whoever is killed beyond it has come to its end by itself."""
+
+
+def lost(reason: str) -> Outcome:
+    """Says nothing about the program."""
+    return Outcome(status="lost", error=f"no process could run it, several times: {reason}"[:200])
 
 
 def outcomes_of(report: Report, count: int, limits: Limits) -> list[Outcome]:
@@ -55,11 +66,13 @@ def outcomes_of(report: Report, count: int, limits: Limits) -> list[Outcome]:
     """
     frames = _frames(report.content)
     wall_ms = report.wall_ms / max(len(frames), 1)
+    has_started_others = frames[-1:] == [NOTE]
+    frames = [frame for frame in frames if frame != NOTE]
     if not _ended_well(report) or len(frames) != count:
         frames = [] if report.is_over_limit else frames[: count - 1]
     short_of_memory = (place for place, frame in enumerate(frames) if place and frame[:1] == b"M")
     frames = frames[: next(short_of_memory, len(frames))]
-    return [_outcome(frame, wall_ms) for frame in frames] or [_verdict(report, limits.cpu_seconds)]
+    return [_outcome(frame, wall_ms) for frame in frames] or [_verdict(report, limits, has_started_others)]
 
 
 def _ended_well(report: Report) -> bool:
@@ -89,35 +102,46 @@ def _outcome(frame: bytes, wall_ms: float) -> Outcome:
         return Outcome(status="ok", value=canonical, text=literal, wall_ms=wall_ms)
     if kind == b"E":
         return Outcome(status="error", error=content[:200], wall_ms=wall_ms)
+    if kind == b"F":
+        return Outcome(status="error", limit="files", error=content[:200], wall_ms=wall_ms)
     if kind == b"M":
-        return Outcome(status="memory", error="out of memory", wall_ms=wall_ms)
+        return Outcome(status="memory", limit="memory", error="out of memory", wall_ms=wall_ms)
     if kind == b"L":
-        return Outcome(status="output_too_long", error=content[:200], wall_ms=wall_ms)
+        return Outcome(status="output_too_long", limit="output", error=content[:200], wall_ms=wall_ms)
     return Outcome(status="error", error="the result is malformed", wall_ms=wall_ms)
 
 
-def _verdict(report: Report, cpu_limit_seconds: int) -> Outcome:
-    wall_ms = report.wall_ms
+def _verdict(report: Report, limits: Limits, has_started_others: bool) -> Outcome:
     if report.is_over_limit:
-        return Outcome(status="output_too_long", error="wrote more than a result may take", wall_ms=wall_ms)
+        error = "wrote more than a result may take"
+        return Outcome(status="output_too_long", limit="output", error=error, wall_ms=report.wall_ms)
     if report.was_killed:
-        return Outcome(status="timeout", error="wall time", wall_ms=wall_ms)
+        return Outcome(status="timeout", limit="wall", error="wall time", wall_ms=report.wall_ms)
     if os.WIFSIGNALED(report.wait_status):
-        number = os.WTERMSIG(report.wait_status)
-        if number == signal.SIGSYS:
-            return Outcome(status="blocked", error="forbidden system call", wall_ms=wall_ms)
-        if number == signal.SIGXCPU or (number == signal.SIGKILL and report.cpu_seconds >= 0.9 * cpu_limit_seconds):
-            return Outcome(status="timeout", error="CPU time", wall_ms=wall_ms)
-        if number == signal.SIGKILL:
-            return Outcome(status="memory", error="killed", wall_ms=wall_ms)
-        return Outcome(status="error", error=f"died of signal {number}", wall_ms=wall_ms)
-    return Outcome(status="error", error="ended without a result", wall_ms=wall_ms)
+        return _death(os.WTERMSIG(report.wait_status), report, limits, has_started_others)
+    return Outcome(status="error", error="ended without a result", wall_ms=report.wall_ms)
+
+
+def _death(number: int, report: Report, limits: Limits, has_started_others: bool) -> Outcome:
+    wall_ms = report.wall_ms
+    if number == signal.SIGSYS and has_started_others:
+        return Outcome(status="blocked", limit="processes", error="a process or thread", wall_ms=wall_ms)
+    if number == signal.SIGSYS:
+        return Outcome(status="blocked", limit="calls", error="forbidden system call", wall_ms=wall_ms)
+    is_killed = number == signal.SIGKILL
+    if number == signal.SIGXCPU or (is_killed and report.cpu_seconds >= OWN_SHARE * limits.cpu_seconds):
+        return Outcome(status="timeout", limit="cpu", error="CPU time", wall_ms=wall_ms)
+    if number == signal.SIGXFSZ:
+        return Outcome(status="error", limit="files", error="wrote into a file", wall_ms=wall_ms)
+    if is_killed and report.peak_kib >= OWN_SHARE * limits.memory_mb * 1024:
+        return Outcome(status="memory", limit="memory", error="killed at its limit of memory", wall_ms=wall_ms)
+    return KILLED if is_killed else Outcome(status="error", error=f"died of signal {number}", wall_ms=wall_ms)
 
 
 def agreed(first: Outcome, second: Outcome) -> Outcome:
     """The verdict on two runs of one program on one input, in differently seeded processes."""
-    if LOST in (first, second):
-        return LOST
+    if "lost" in (first.status, second.status):
+        return first if first.status == "lost" else second
     if second.status in ("timeout", "memory"):
         return second  # near its limit: it stays on the safe side of it in every run, or it is over
     if first.status != second.status:

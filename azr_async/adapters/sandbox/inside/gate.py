@@ -36,7 +36,12 @@ _MAYBE_DOUBTFUL: Final = frozenset(
 
 def refusal(nodes: Iterable[ast.AST], allowed_imports: Collection[str]) -> str | None:
     """Why a program of these nodes is refused, or None."""
-    for node in nodes:
+    written_out: set[int] = set()
+    for node in nodes:  # parents come first
+        if _is_written_out(node):
+            written_out.add(id(node.targets[0]))  # type: ignore[attr-defined]
+        if id(node) not in written_out and _names_match_args(node):
+            return "__match_args__ is allowed only as a tuple that is written out"
         reason = _refusal_of(node, allowed_imports)
         if reason is not None:
             return reason
@@ -77,6 +82,31 @@ def _by_vars(child: object) -> object:
             place = {"lineno": child.lineno, "col_offset": child.col_offset}
             return ast.Call(ast.Name(VARS, ast.Load(), **place), [owner], [], **place)
     return child
+
+
+def _is_written_out(node: ast.AST) -> bool:
+    """Whether this assigns names to `__match_args__` that can be read here; a pattern will look them up."""
+    match node:
+        case ast.Assign(targets=[ast.Name(id="__match_args__")], value=ast.Tuple(elts=names)):
+            return all(
+                isinstance(name, ast.Constant) and isinstance(name.value, str) and not is_hidden_attribute(name.value)
+                for name in names
+            )
+    return False
+
+
+def _names_match_args(node: ast.AST) -> bool:
+    """Whether this gives the name `__match_args__` to something."""
+    match node:
+        case ast.Name(id="__match_args__", ctx=ast.Store()) | ast.Attribute(attr="__match_args__", ctx=ast.Store()):
+            return True
+        case ast.FunctionDef(name="__match_args__") | ast.ClassDef(name="__match_args__"):
+            return True
+        case ast.alias(name=name, asname=bound):
+            return (bound or name) == "__match_args__"
+        case ast.MatchAs(name="__match_args__") | ast.MatchStar(name="__match_args__"):
+            return True
+    return False
 
 
 def _makes_doubtful(node: ast.AST) -> bool:

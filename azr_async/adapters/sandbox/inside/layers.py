@@ -48,6 +48,10 @@ class Ineffective(OSError):
     """A layer was put on without an error, and does not do what it is for."""
 
 
+class CannotFork(OSError):
+    """There is no room for another process: that says nothing about any layer."""
+
+
 def die_with(parent: int | None) -> None:
     """Be killed when the thread that started this process ends; `parent` None if it cannot be seen from here."""
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -111,6 +115,8 @@ def child_wall(report: Report, cpu_seconds: int) -> Callable[[], None]:
 def _try(report: Report, name: str, layer: Callable[[], str]) -> None:
     try:
         report[name] = f"verified {layer()}".strip()
+    except CannotFork:
+        raise
     except (OSError, ValueError, KeyError) as error:
         report[name] = f"unavailable: {error.strerror if isinstance(error, OSError) and error.strerror else error}"
 
@@ -170,8 +176,15 @@ def _write_file(path: str, text: str) -> None:
         os.close(fd)
 
 
+def _fork() -> int:
+    try:
+        return os.fork()
+    except OSError as error:
+        raise CannotFork(error.errno, error.strerror) from None
+
+
 def _works_in_a_fork(attempt: Callable[[], None]) -> bool:
-    child = os.fork()
+    child = _fork()
     if child == 0:
         status = 1
         try:
@@ -184,7 +197,7 @@ def _works_in_a_fork(attempt: Callable[[], None]) -> bool:
 
 def _go_on_in_a_new_process(owner: int) -> None:
     """The PID namespace holds only processes started from now on: this one stays behind and waits for its child."""
-    child = os.fork()
+    child = _fork()
     if child != 0:
         die_with(owner)  # the change of user has taken it off
         os.closerange(3, 256)

@@ -7,11 +7,13 @@ attributes up by name, or evaluate text, are replaced by ones that know the gate
 
 import _string  # type: ignore[import-not-found]
 import builtins
+import functools
+import operator
 import string
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from azr_async.adapters.sandbox.inside.gate import HIDDEN_NAMES, VARS, is_hidden_attribute
@@ -106,7 +108,7 @@ class _Facades:
                 if self._belongs(value):
                     setattr(facade, name, self._facade(value))
             elif name not in _NOT_SHOWN:
-                setattr(facade, name, _REPLACED.get((module.__name__, name), value))
+                setattr(facade, name, _REPLACED.get(id(value), value))
         return facade
 
     def _belongs(self, module: types.ModuleType) -> bool:
@@ -114,8 +116,6 @@ class _Facades:
 
 
 def _attrgetter(*names: str) -> Callable[[Any], Any]:
-    import operator
-
     for name in names:
         for part in _plain(name).split("."):
             _refuse_hidden(part)
@@ -123,13 +123,45 @@ def _attrgetter(*names: str) -> Callable[[Any], Any]:
 
 
 def _methodcaller(name: str, *arguments: Any, **named: Any) -> Callable[[Any], Any]:  # noqa: ANN401
-    import operator
-
     _refuse_hidden(name)
     return operator.methodcaller(name, *arguments, **named)
 
 
-_REPLACED: Final = {("operator", "attrgetter"): _attrgetter, ("operator", "methodcaller"): _methodcaller}
+def _update_wrapper(
+    wrapper: Any,  # noqa: ANN401
+    wrapped: Any,  # noqa: ANN401
+    assigned: Iterable[str] = functools.WRAPPER_ASSIGNMENTS,
+    updated: Iterable[str] = functools.WRAPPER_UPDATES,
+) -> Any:  # noqa: ANN401
+    assigned, updated = _visible(assigned), _visible(updated)
+    return functools.update_wrapper(wrapper, wrapped, assigned, updated)
+
+
+def _wraps(
+    wrapped: Any,  # noqa: ANN401
+    assigned: Iterable[str] = functools.WRAPPER_ASSIGNMENTS,
+    updated: Iterable[str] = functools.WRAPPER_UPDATES,
+) -> Callable[[Any], Any]:
+    return functools.partial(_update_wrapper, wrapped=wrapped, assigned=_visible(assigned), updated=_visible(updated))
+
+
+def _visible(names: Iterable[str]) -> tuple[str, ...]:
+    """The names as plain texts; those that the library itself copies are allowed, of others the gate's rules hold."""
+    plain = tuple(_plain(name) for name in names)
+    for name in plain:
+        if name not in _COPIED:
+            _refuse_hidden(name)
+    return plain
+
+
+_COPIED: Final = frozenset({*functools.WRAPPER_ASSIGNMENTS, *functools.WRAPPER_UPDATES})
+_REPLACED: Final[dict[int, Callable[..., Any]]] = {
+    id(operator.attrgetter): _attrgetter,
+    id(operator.methodcaller): _methodcaller,
+    id(functools.update_wrapper): _update_wrapper,
+    id(functools.wraps): _wraps,
+}
+"""By identity: other modules hold the same functions."""
 
 
 def _refuse_hidden(name: object) -> None:

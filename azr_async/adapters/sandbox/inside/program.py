@@ -3,6 +3,7 @@
 Whatever this module says about the outcome is a claim: the program shares its process and can change anything here.
 """
 
+import errno
 import marshal
 import sys
 import types
@@ -30,6 +31,7 @@ class Stage:
         """One claim for each input, a letter and its content of at most `result_bytes`.
 
         V  the value as JSON      E  why there is none      M  memory ran out      L  the value is too long
+        F  why there is none: the kernel refused a file
         """
         # Each input gets globals and builtins of its own; the only input of a child takes those that are there.
         modules = [self._module, *(self._new_module() for _ in inputs[1:])]
@@ -55,10 +57,17 @@ def _claim(code: bytes, argument: bytes, namespace: Namespace, result_bytes: int
     except Unanswerable as error:
         return b"E" + f"unanswerable: {error}".encode("utf-8", "backslashreplace")[:ERROR_BYTES]
     except BaseException as error:
-        return b"E" + _in_a_line(error)
+        return (b"F" if _is_about_files(error) else b"E") + _in_a_line(error)
     if len(text) > result_bytes:
         return b"L" + f"{len(text)} bytes, {result_bytes} are allowed".encode()
     return b"V" + text.encode()
+
+
+def _is_about_files(error: BaseException) -> bool:
+    """Whether the kernel refused a file: to open it, or to make it larger than nothing."""
+    if type(error) is PermissionError:
+        return error.filename is not None
+    return type(error) is OSError and error.errno == errno.EFBIG
 
 
 def _in_a_line(error: BaseException) -> bytes:

@@ -23,6 +23,8 @@ def main() -> None:
             from azr_async.adapters.sandbox.inside.parser import prepare
         sys.path.remove(root)
         message, serve = prepare(options)
+    except layers.CannotFork as error:
+        message, serve = {"no_fork": str(error.strerror)}, partial(os._exit, 1)
     except Exception as error:
         message, serve = {"failed": f"{type(error).__name__}: {error}"}, partial(os._exit, 1)
     # From here on the pool takes frames for answers: whatever fails now only ends this process.

@@ -8,7 +8,13 @@ from typing import Final
 ORDER: Final = struct.Struct("<I")
 """pool -> zygote. Wall milliseconds: the waiting child has its request, and so much time from now on."""
 REPORT: Final = struct.Struct("<BiIII")
-"""zygote -> pool. Was killed at its deadline, wait status, user and system CPU microseconds, peak memory in KiB."""
+"""zygote -> pool. Was killed at its deadline, wait status, user and system CPU microseconds, peak memory in KiB.
+
+Or `NO_FORK` and an error number: there is no child.
+"""
+NO_FORK: Final = 2
+NOTE: Final = b"P"
+"""A frame that is no claim about an input: from now on a process or a thread is being started."""
 CHUNK_BYTES: Final = 1 << 16
 ARGUMENTS: Final = "__arguments__"
 """The function that a compiled input expression calls with the arguments."""

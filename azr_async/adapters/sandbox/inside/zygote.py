@@ -22,7 +22,8 @@ from azr_async.adapters.sandbox.inside.canaries import CANARY, attempts
 from azr_async.adapters.sandbox.inside.clock import shift_clock
 from azr_async.adapters.sandbox.inside.library import builtin_names, guard_library
 from azr_async.adapters.sandbox.inside.program import Namespace, Stage
-from azr_async.adapters.sandbox.inside.wire import ORDER, REPORT, SURE, read_frame, split_parts, write_frame
+from azr_async.adapters.sandbox.inside.starters import note_starters, real_fork
+from azr_async.adapters.sandbox.inside.wire import NO_FORK, ORDER, REPORT, SURE, read_frame, split_parts, write_frame
 
 STRAGGLER_SECONDS: Final = 0.2
 STRAGGLER_NICENESS: Final = 5
@@ -66,25 +67,30 @@ def prepare(options: layers.Options) -> tuple[layers.Report, Callable[[], None]]
     guarded_names = builtin_names(frozenset(options["allowed_imports"]))
     if options["is_gated"]:
         guard_library(guarded_names)
+    own_peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the walls forbid to ask
     report = layers.confine(options, filter_name="ZYGOTE")
     put_wall_on = layers.child_wall(report, options["cpu_seconds"])
     sys.stdin = None
     sys.stdout = sys.stderr = _Nowhere()
     sys.setrecursionlimit(1000)
     _warm_up(guarded_names, options["result_bytes"])
+    note_starters()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     stage = Stage(guarded_names if options["is_gated"] else dict(vars(builtins)), options["result_bytes"])
-    return report, partial(_serve, put_wall_on, stage)
+    return report, partial(_serve, put_wall_on, stage, own_peak_kib)
 
 
-def _serve(put_wall_on: Callable[[], None], stage: Stage) -> None:
+def _serve(put_wall_on: Callable[[], None], stage: Stage, own_peak_kib: int) -> None:
     gc.collect()
     gc.freeze()
     child = _fork_ahead(put_wall_on, stage)
     while len(order := os.read(layers.CONTROL_FD, ORDER.size)) == ORDER.size:
-        if child is None:
-            child = _fork(put_wall_on, stage)
-        report, ended_well = _wait(child, ORDER.unpack(order)[0] / 1000)
+        try:
+            child = child or _fork(put_wall_on, stage)
+        except OSError as error:
+            os.write(layers.REPORT_FD, REPORT.pack(NO_FORK, error.errno or 0, 0, 0, 0))
+            return
+        report, ended_well = _wait(child, ORDER.unpack(order)[0] / 1000, own_peak_kib)
         os.write(layers.REPORT_FD, report)
         # What another one has left of its request is for the pool to clear away, before anybody reads on.
         child = _fork_ahead(put_wall_on, stage) if ended_well else None
@@ -99,7 +105,7 @@ def _fork_ahead(put_wall_on: Callable[[], None], stage: Stage) -> int | None:
 
 
 def _fork(put_wall_on: Callable[[], None], stage: Stage) -> int:
-    child = os.fork()
+    child = real_fork()
     if child == 0:
         _be_the_child(put_wall_on, stage)
     return child
@@ -119,7 +125,7 @@ def _be_the_child(put_wall_on: Callable[[], None], stage: Stage) -> None:
         os._exit(status)
 
 
-def _wait(child: int, wall_seconds: float) -> tuple[bytes, bool]:
+def _wait(child: int, wall_seconds: float, own_peak_kib: int) -> tuple[bytes, bool]:
     """Wait for the child's end, bring it about at the deadline; the report, and whether it ended by itself and well."""
     started = time.monotonic()
     was_killed = False
@@ -136,9 +142,8 @@ def _wait(child: int, wall_seconds: float) -> tuple[bytes, bool]:
         ended = os.wait4(child, 0)
         signal.sigtimedwait([signal.SIGCHLD], 0)
     _, status, usage = ended
-    report = REPORT.pack(
-        was_killed, status, int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6), min(usage.ru_maxrss, 2**32 - 1)
-    )
+    peak_kib = min(max(0, usage.ru_maxrss - own_peak_kib), 2**32 - 1)
+    report = REPORT.pack(was_killed, status, int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6), peak_kib)
     return report, status == 0
 
 
