@@ -326,6 +326,9 @@ class LearnerConfig(Section):
     clip_norm: PositiveFloat = 1.0
     """Largest gradient norm; longer gradients are scaled down."""
 
+    step_seconds: PositiveFloat = 7200.0
+    """A training step that has not ended by then hangs, and ends the run by name."""
+
     objective: Literal["decoupled-ppo", "masked-is", "cispo", "none"] = "decoupled-ppo"
     """Off-policy objective (docs/papers.md). `none` is plain REINFORCE without correction: only with max_lag = 0."""
 
@@ -479,8 +482,8 @@ class WiresConfig(Section):
     long on top of step_seconds, for self-play fills its library before."""
 
     step_seconds: PositiveFloat = 600.0
-    """Longest wait of the learner for a batch or an evaluation (the first ones: start_seconds more) and for the end of
-    a training step, and of self-play for a generation."""
+    """Longest wait of the learner for a batch or an evaluation (the first ones: start_seconds more) and of self-play
+    for a generation."""
 
     message_mb: PositiveInt = 256
     """Largest message."""

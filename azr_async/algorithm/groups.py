@@ -14,7 +14,8 @@ def rollouts_of_group(
 ) -> list[Rollout]:
     """The samples of a whole group: the proposer's, rewarded by learnability, and the solver's trained attempts.
 
-    Of a group in which nothing could be judged there are none. The attempts that are trained on are the first by index,
+    A proposal is rewarded only where all of its attempts could be judged; where none could, there are no samples at
+    all. The attempts that are trained on are the first by index,
     not the first to end: short answers end first.
     """
     problem = challenge.problem
@@ -29,7 +30,8 @@ def rollouts_of_group(
         _rollout("solve", problem.task, challenge.group_id, item.attempt.completion, item.reward, rollout_ids)
         for item in sorted(judged, key=lambda item: item.attempt.completion.index)[: challenge.trained_attempts]
     ]
-    if challenge.proposal is not None:
+    # A share of the attempts that could be judged would be another number than the one that is rewarded.
+    if challenge.proposal is not None and len(judged) == challenge.attempts:
         successes = sum(item.reward == RIGHT for item in judged)
         reward = learnability(successes, len(judged), proposer_extreme)
         completion = challenge.proposal.completion

@@ -26,7 +26,9 @@ class Tally:
         self._counts[f"valid.{task}"] += 1
         self._counts[f"attempts.{task}"] += len(judged)
         self._counts[f"solved.{task}"] += solved
-        self._counts[f"learnable.{task}"] += 0 < solved < len(judged)
+        if len(judged) == challenge.attempts:  # else its proposal is not rewarded either
+            self._counts[f"scored.{task}"] += 1
+            self._counts[f"learnable.{task}"] += 0 < solved < len(judged)
 
     def rejected(self, rejected: Rejected) -> None:
         """A proposal is no valid task."""
@@ -51,7 +53,7 @@ class Tally:
             for name, part, whole in (
                 ("valid_rate", "valid", "proposals"),
                 ("solve_rate", "solved", "attempts"),
-                ("learnable_rate", "learnable", "valid"),
+                ("learnable_rate", "learnable", "scored"),
             ):
                 if counts[f"{whole}.{task}"]:
                     metrics[f"{name}.{task}"] = counts[f"{part}.{task}"] / counts[f"{whole}.{task}"]

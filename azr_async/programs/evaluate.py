@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
 async def judge_all(
     problems: Sequence[Problem], completions: Sequence[Completion], *, sandbox: Sandbox, dialogue: Dialogue
 ) -> list[float]:
-    """The rewards of completions, one for each problem, in order."""
+    """The rewards of completions, one for each problem, in order; NaN where the sandbox has lost the answer."""
     attempts, attempted = channel(Attempt)
     judgements, judged = channel(Judged)
     rewards = [math.nan] * len(problems)
@@ -58,9 +58,8 @@ async def judge_all(
         judging = verify(attempted, judgements, sandbox=sandbox, dialogue=dialogue, float_tolerance=0.0)
         group.create_task(judging, name="verify")
         async for item in judged:
-            if not item.is_judged:
-                raise SandboxError(f"an answer could not be judged: {item.reason}. Free memory, then try again.")
-            rewards[item.attempt.challenge.group_id] = item.reward
+            if item.is_judged:
+                rewards[item.attempt.challenge.group_id] = item.reward
     return rewards
 
 
@@ -77,7 +76,8 @@ def wilson_interval(right: int, asked: int) -> tuple[float, float]:
 async def cruxeval_problems(path: Path, task: Task, *, sandbox: Sandbox) -> list[Problem]:
     """The problems of a CRUXEval file as `task`.
 
-    Raises InputError when it cannot be read, or naming the line that is not of its form.
+    Raises InputError when it cannot be read, or naming the line that is not of its form; SandboxError when the sandbox
+    has lost a line.
     """
 
     async def problem(number: int, line: str) -> Problem:
@@ -90,6 +90,8 @@ async def cruxeval_problems(path: Path, task: Task, *, sandbox: Sandbox) -> list
                 '{"id": "sample_0", "code": "def f(x): ...", "input": "1, 2", "output": "3"}.'
             ) from error
         gold = await sandbox.literal(output)
+        if gold.status == "lost":
+            raise SandboxError(f"{path}, line {number}: could not be run: {gold.error}; free memory, then try again.")
         if gold.status != "ok":
             raise InputError(f"{path}, line {number}: the output {output[:60]!r} is no Python literal. Correct it.")
         return Problem(task=task, program=program, pairs=(Pair(input=argument, output=gold.text, value=gold.value),))
@@ -160,6 +162,8 @@ async def _evaluate(options: argparse.Namespace) -> int:
     if too_long:
         console.print(f"warning: {too_long} prompts do not fit --context-tokens {options.context_tokens}: not solved")
     results = _results(problems, rewards)
+    if lost := results["all"]["lost"]:
+        console.print(f"warning: {lost} answers were lost by the sandbox: not solved. Free memory, then try again")
     if options.json:
         print(json.dumps(results))
     else:
@@ -180,16 +184,17 @@ async def _problems(options: argparse.Namespace, sandbox: Sandbox) -> list[Probl
 
 
 def _results(problems: Sequence[Problem], rewards: Sequence[float]) -> dict[str, dict[str, Any]]:
-    right = np.array(rewards) == RIGHT
+    earned = np.array(rewards)
     kinds = np.array([problem.task for problem in problems])
-    rows = {task: right[kinds == task] for task in dict.fromkeys(kinds.tolist())} | {"all": right}
+    rows = {task: earned[kinds == task] for task in dict.fromkeys(kinds.tolist())} | {"all": earned}
     return {
         task: {
-            "accuracy": float(solved.mean()),
-            "n": len(solved),
-            "interval_95": wilson_interval(int(solved.sum()), len(solved)),
+            "accuracy": float((row == RIGHT).mean()),
+            "n": len(row),
+            "interval_95": wilson_interval(int((row == RIGHT).sum()), len(row)),
+            "lost": int(np.isnan(row).sum()),
         }
-        for task, solved in rows.items()
+        for task, row in rows.items()
     }
 
 

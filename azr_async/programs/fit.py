@@ -65,6 +65,14 @@ def fit_of(config: Config, shape: Shape, gpu_bytes: int) -> Fit:
 
 def problems(config: Config, shape: Shape, gpu_bytes: int) -> Iterator[str]:
     """What does not fit, each with the nearest settings that do."""
+    span = config.placement.tensor_parallel
+    if shape.heads % span:
+        spans = ", ".join(str(count) for count in range(1, shape.heads + 1) if shape.heads % count == 0)
+        yield (
+            f"placement.tensor_parallel = {span}: the model's {shape.heads} attention heads cannot be divided among so "
+            f"many GPUs. Use one of {spans}."
+        )
+        return
     fit = fit_of(config, shape, gpu_bytes)
     usable = f"{gb(fit.usable_bytes)} GB of a {gb(gpu_bytes)} GB GPU can be used"
     if not fit.fits_engine:
@@ -85,9 +93,10 @@ def learner_ways(config: Config, shape: Shape, gpu_bytes: int) -> list[Changes]:
     """The fewest changed settings with which the learner fits, on its GPUs and on more of them."""
 
     def fits(changes: Changes) -> bool:
-        return fit_of(changed(config, changes), shape, int(gpu_bytes * ROOM_TO_SPARE)).fits_learner
+        fit = fit_of(changed(config, changes), shape, int(gpu_bytes * ROOM_TO_SPARE))
+        return fit.fits_learner and (fit.fits_engine or not fit.is_shared)
 
-    here = next(filter(fits, _savings(config)), None)
+    here = next(filter(fits, [*_savings(config), *_smaller_shares(config)]), None)
     if here is not None:
         return [here]
     offloaded = next(filter(fits, _offloads(config)), None)
@@ -151,6 +160,7 @@ def gb(size_bytes: float) -> str:
 def options(changes: Changes) -> str:
     """As they are typed."""
     short = {"placement.train_gpus": "train-gpus", "placement.inference_gpus": "inference-gpus"}
+    short["placement.mode"] = "placement"
     return " ".join(
         f"--{short.get(name, name.replace('_', '-'))} {str(value).lower()}" for name, value in changes.items()
     )
@@ -195,6 +205,14 @@ def _savings(config: Config) -> list[Changes]:
     return [{name: value for changes in chosen for name, value in changes.items()} for chosen in sets]
 
 
+def _smaller_shares(config: Config) -> Iterator[Changes]:
+    """Less of a shared GPU for vLLM, alone before together with what else saves memory."""
+    if config.placement.mode == "shared" and config.engine_kind == "vllm":
+        shares = [tenths / 10 for tenths in range(9, 0, -1) if tenths / 10 < config.engine.memory_share]
+        for saved in ({}, *_savings(config)):
+            yield from ({**saved, "engine.memory_share": share} for share in shares)
+
+
 def _offloads(config: Config) -> list[Changes]:
     """The same with the sharded weights in the host's memory: slow, so it comes last."""
     choices: list[Changes] = [{}, *_savings(config)]
@@ -216,6 +234,10 @@ def _wider(config: Config) -> Iterator[Changes]:
                 "placement.train_gpus": train + placement.inference_gpus - inference,
             }
         yield from ({"placement.train_gpus": more} for more in (2, 4, 8, MOST_GPUS) if more > train)
+    else:
+        yield from (
+            {"placement.mode": "dedicated", "placement.train_gpus": more} for more in (1, 2, 4, 8) if more >= train
+        )
 
 
 def _spans(config: Config, shape: Shape) -> Iterator[Changes]:

@@ -165,7 +165,7 @@ class Leader:
         return await self._torch.run(
             partial(self._trainer.train, batch),
             what=f"learner-0's training step {self._trainer.version + 1}",
-            deadline_seconds=self._config.wires.step_seconds,
+            deadline_seconds=self._config.learner.step_seconds,
         )
 
     def _record(self, batch: RolloutBatch, report: StepReport, push: Push) -> Record:

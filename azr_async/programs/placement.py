@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -14,6 +15,9 @@ from azr_async.errors import ConfigError
 PACKAGE_ROOT: Final = Path(__file__).parents[2]
 
 _TORCHRUN: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+_UNASKED_PORTS: Final = range(20_000, 32_000)
+"""Below those that Linux gives to connections and to whoever binds to port 0."""
 
 VLLM_ENVIRONMENT: Final[Mapping[str, str]] = {
     "VLLM_PLUGINS": "azr_async",
@@ -179,10 +183,13 @@ def command(placed: Placed, *, run_dir: Path, wires_dir: Path, resume: Path | No
 
 
 def free_port() -> int:
-    """A TCP port that was free on loopback a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that was free on loopback a moment ago, and that the kernel gives to nobody who asks for any."""
+    for number in range(len(_UNASKED_PORTS)):
+        port = _UNASKED_PORTS[(os.getpid() + number) % len(_UNASKED_PORTS)]
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ConfigError(f"no TCP port from {_UNASKED_PORTS[0]} to {_UNASKED_PORTS[-1]} is free. End what uses them.")
 
 
 def describe_host(found: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from azr_async.algorithm.library import Library
 from azr_async.algorithm.validity import problem_from
 from azr_async.config import ProposeConfig
-from azr_async.errors import ConfigError
+from azr_async.errors import ConfigError, SandboxError
 from azr_async.messages import TASKS, Draft, Problem
 from azr_async.ports import Journal, Sandbox
 
@@ -21,7 +21,8 @@ async def seed_problems(
     A line: {"task", "program", "input": text} or, for induction, {"task", "program", "inputs": [text], "message"}.
     A task with a held-out program is passed over.
 
-    Raises ConfigError naming the line that is not a task, or the first that does not run.
+    Raises ConfigError naming the line that is not a task, or the first that does not run; SandboxError naming the first
+    that the sandbox has lost.
     """
     drafts = read_drafts(path)
     async with asyncio.TaskGroup() as group:
@@ -35,6 +36,9 @@ async def seed_problems(
         verdict = problem_from(draft, outcomes, text_limit=config.text_limit, held_out_programs=held_out_programs)
         if isinstance(verdict, Problem):
             problems.append(verdict)
+        elif verdict == "lost":
+            why = next(outcome.error for outcome in outcomes if outcome.status == "lost")
+            raise SandboxError(f"{path}, line {number}: could not be run: {why}; free memory, then try again.")
         elif verdict != "held_out":
             why = next((f" ({outcome.error})" for outcome in outcomes if outcome.error), "")
             raise ConfigError(

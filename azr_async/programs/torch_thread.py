@@ -46,7 +46,7 @@ class TorchThread:
             faulthandler.dump_traceback()  # into the log: where it is
             self._stuck = (
                 f"{what} has not ended within {deadline_seconds:g} s. Its log tells where it is. Go on from the last "
-                "checkpoint; raise wires.step_seconds if it was only slow, else look after the device."
+                "checkpoint; raise learner.step_seconds if it was only slow, else look after the device."
             )
             raise TrainingError(self._stuck) from None
 

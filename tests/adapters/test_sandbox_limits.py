@@ -173,6 +173,26 @@ def test_a_run_whose_process_died_says_nothing_about_the_program() -> None:
     assert gone.status == "lost"
 
 
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ("__match_args__ = ('x',)", "ok"),
+        ("__match_args__: tuple[str, ...] = ('x',)", "ok"),
+        ("__match_args__: tuple[str, ...] = ('__' + 'x',)", "rejected"),
+        ("__match_args__: tuple[str, ...] = ('__dict__',)", "rejected"),
+        ("__match_args__: tuple[str, ...]", "rejected"),
+        ("__globals__: object = 1", "rejected"),
+        ("__globals__: object", "rejected"),
+        ("y: int = 1", "error"),
+    ],
+)
+async def test_what_a_pattern_looks_up_has_to_be_written_out(fields: str, status: str) -> None:
+    program = f"class P:\n    x = 7\n    {fields}\ndef f(x):\n    match P():\n        case P(found): return found"
+    async with sandbox() as pool:
+        (outcome,) = await pool.run(program, ["1"])
+    assert outcome.status == status, outcome
+
+
 async def test_parse_bombs_are_refused_before_they_are_compiled() -> None:
     bomb = (
         "def f(x):\n"

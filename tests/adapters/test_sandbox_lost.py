@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from azr_async.adapters.sandbox import parsing
+from azr_async.adapters.sandbox import helpers, parsing
+from azr_async.adapters.sandbox.helpers import Helper, HelperKilled
 from azr_async.adapters.sandbox.inside.wire import NO_FORK, NOTE, REPORT, with_length
 from azr_async.adapters.sandbox.pool import KILLED_RUNS, SandboxPool
 from azr_async.adapters.sandbox.verdicts import Limits, Report, outcomes_of
@@ -20,6 +21,7 @@ from azr_async.errors import SandboxError
 from azr_async.messages import Outcome
 
 BUSY = "def f(x):\n    n = 0\n    while n < 10**7: n += 1\n    return x"
+HOLDING = "def f(x):\n    held = bytearray(b'x') * ({mb} << 20)\n    while held: pass"
 LIMITS = Limits(wall_seconds=1.0, cpu_seconds=10, result_bytes=100, memory_mb=100)
 
 
@@ -60,6 +62,39 @@ async def test_a_program_that_the_host_kills_is_run_again_and_then_lost(kills: i
         assert pool.meter.remembered == (status == "ok")  # what was lost is not remembered
 
 
+async def test_who_is_killed_at_his_limit_of_memory_is_told_so_however_large_the_owner_of_the_pool_is() -> None:
+    label = "test-lost-full"
+    ballast = bytearray(b"x") * (300 << 20)
+    async with sandbox(label) as pool:
+        outcome, kills = await killing_children(label, KILLED_RUNS, first(pool, HOLDING.format(mb=121)))
+    del ballast
+    assert (outcome.status, outcome.limit, kills) == ("memory", "memory", 1)
+
+
+@pytest.mark.parametrize(("mb", "status"), [(20, "lost"), (90, "memory")])
+async def test_who_holds_half_of_his_memory_cannot_have_himself_lost(mb: int, status: str) -> None:
+    label = f"test-lost-half-{mb}"
+    async with sandbox(label) as pool:
+        outcome, kills = await killing_children(label, KILLED_RUNS, first(pool, HOLDING.format(mb=mb)))
+    assert (outcome.status, kills) == (status, KILLED_RUNS)
+
+
+async def test_where_no_process_can_be_had_the_rest_of_a_call_is_lost_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    async def fork(*request: object) -> Report | str:
+        nonlocal calls
+        calls += 1
+        return "its zygote is silent" if calls == 2 else await real_fork(*request)  # type: ignore[arg-type]
+
+    async with sandbox() as pool:
+        real_fork = pool._crew.fork
+        monkeypatch.setattr(pool._crew, "fork", fork)
+        outcomes = await pool.run("def f(x): return 1 if x else [0] * 10**9", ["1", "0", "2", "3"])
+    assert calls == 2
+    assert [outcome.status for outcome in outcomes] == ["ok", "lost", "lost", "lost"]
+
+
 async def killing_children(label: str, most: int, work: Awaitable[Outcome]) -> tuple[Outcome, int]:
     """Kill those processes that have computed for long since this began, so that it is the program at work."""
     killed: set[int] = set()
@@ -79,13 +114,13 @@ async def killing_children(label: str, most: int, work: Awaitable[Outcome]) -> t
 @pytest.mark.parametrize(
     ("number", "frames", "cpu_seconds", "peak_mib", "status", "limit"),
     [
-        (signal.SIGKILL, [], 0.1, 50, "lost", ""),
+        (signal.SIGKILL, [], 0.1, 40, "lost", ""),
+        (signal.SIGKILL, [], 0.1, 60, "memory", "memory"),
         (signal.SIGKILL, [], 0.1, 95, "memory", "memory"),
         (signal.SIGKILL, [], 9.5, 50, "timeout", "cpu"),
         (signal.SIGXCPU, [], 9.5, 50, "timeout", "cpu"),
         (signal.SIGSYS, [], 0.1, 50, "blocked", "calls"),
         (signal.SIGSYS, [NOTE], 0.1, 50, "blocked", "processes"),
-        (signal.SIGXFSZ, [], 0.1, 50, "error", "files"),
         (signal.SIGSEGV, [NOTE], 0.1, 50, "error", ""),
     ],
 )
@@ -110,7 +145,9 @@ def test_a_note_is_no_claim() -> None:
     report = Report(
         content=content, is_over_limit=False, was_killed=False, wait_status=0, cpu_seconds=0.0, peak_kib=0, wall_ms=1.0
     )
-    assert [outcome.text for outcome in outcomes_of(report, 2, LIMITS)] == ["1", "2"]
+    outcomes = outcomes_of(report, 2, LIMITS)
+    assert [outcome.text for outcome in outcomes] == ["1", "2"]
+    assert sum(outcome.wall_ms for outcome in outcomes) == report.wall_ms
 
 
 async def test_where_no_wall_holds_a_program_it_is_charged_with_its_own_death(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,6 +277,56 @@ async def test_a_text_whose_parsers_the_host_kills_is_lost_and_not_refused() -> 
         doomed |= set(processes(label, "parser"))
         assert (await pool.literal("1")).status == "ok"
         assert (await first(pool, "def f(x): return x")).text == "1"
+
+
+async def test_a_text_is_lost_if_any_of_its_parsers_was_killed() -> None:
+    ends: list[Exception] = [HelperKilled("the parser was killed"), TimeoutError()]
+
+    class Parser:
+        async def parse(self, frame: bytes, seconds: float) -> bytes:
+            raise ends.pop(0)
+
+        def close(self) -> None: ...
+
+    request = parsing._Request("[]", 1)
+    async with sandbox() as pool:
+        while ends:
+            await pool._crew._desk._send(Parser(), [request])  # type: ignore[arg-type]
+    assert request.is_lost
+
+
+async def test_nobody_is_kept_waiting_for_the_end_of_a_parser_from_which_nobody_wants_an_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Helper] = []
+    monkeypatch.setattr(Helper, "ended_by_kill", asked.append)
+    label = "test-lost-idle"
+    async with sandbox(label) as pool, asyncio.timeout(20):
+        (parser,) = pool._crew._parsers._all
+        is_gone, close = asyncio.Event(), parser.close
+        monkeypatch.setattr(parser, "close", lambda: (close(), is_gone.set()))
+        for process in processes(label, "parser"):
+            os.kill(process, signal.SIGKILL)
+        await is_gone.wait()
+    assert asked == []
+
+
+def test_a_process_that_has_hung_up_and_is_not_gone_counts_as_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(helpers, "KILL_SECONDS", 0.01)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        helper = Helper(
+            process=process,
+            result_fd=-1,
+            result_pipe_bytes=0,
+            request_fd=-1,
+            leftover_fd=-1,
+            control_fd=-1,
+            report_fd=-1,
+            layers={},
+            open_fds=[],
+        )
+        assert helper.ended_by_kill()
+        process.kill()
 
 
 def parent_of(process: int) -> int:

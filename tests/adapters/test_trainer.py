@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
+from transformers import OPTConfig, OPTForCausalLM
 
 from azr_async.adapters.trainer import StepReport, Trainer, connect_ranks
 from azr_async.algorithm.credit import task_relative_advantages
@@ -19,7 +20,7 @@ from azr_async.errors import TrainingError
 from azr_async.messages import Rollout, RolloutBatch
 from tests.adapters import trainer_rank
 from tests.adapters.rank_processes import run_ranks
-from tests.random_models import random_model
+from tests.random_models import VOCABULARY, random_model
 from tests.rollout_batches import random_batch
 
 
@@ -401,6 +402,17 @@ def test_dropout_stays_out_when_layers_are_computed_again() -> None:
     trainer = Trainer(model, config, connect_ranks(config))
     trainer.train(batches[0])
     assert all(torch.equal(weight, plain[name]) for name, weight in trainer.named_weights())
+
+
+def test_layers_that_drop_out_by_themselves_do_not_either() -> None:
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_attention_heads": 4}
+    losses = []
+    for is_checkpointed in (False, True):
+        torch.manual_seed(3)
+        model = OPTForCausalLM(OPTConfig(vocab_size=VOCABULARY, num_hidden_layers=2, dropout=0.5, **sizes))
+        config = settings(learner={"gradient_checkpointing": is_checkpointed})
+        losses.append(Trainer(model, config, connect_ranks(config)).train(random_batch(0)).loss)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 def test_a_model_that_cannot_compute_its_layers_again_is_refused() -> None:

@@ -116,6 +116,14 @@ def test_rates_are_over_what_was_proposed_since_the_last_time() -> None:
     assert set(tally.take().values()) == {0.0}
 
 
+def test_a_group_with_lost_attempts_says_nothing_about_how_learnable_tasks_are() -> None:
+    tally, group = Tally(TASKS), challenge(proposed=True)
+    tally.group(group, judged(group, [1.0, -0.5, -0.5, -0.5]))
+    tally.group(group, judged(group, [1.0, 1.0, 1.0]))
+    metrics = tally.take()
+    assert metrics["learnable_rate.deduction"] == metrics["valid_rate.deduction"] == 1.0
+
+
 def test_dropped_samples_are_counted_by_cell_and_length() -> None:
     tally, group = Tally(TASKS), challenge(proposed=False)
     tally.dropped(rollouts_of_group(group, judged(group, [1.0] * 4), proposer_extreme=0.0, rollout_ids=count()))

@@ -1,6 +1,7 @@
 """`evaluate`: greedy accuracy on held-out tasks."""
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
+from azr_async.adapters.sandbox.pool import SandboxPool
+from azr_async.messages import Outcome
 from azr_async.programs.evaluate import main, wilson_interval
 from azr_async.starter.suite import STARTER_SUITE, load_suite, write_suite
 
@@ -46,6 +49,45 @@ def test_a_file_of_cruxevals_form(mode: str, solved: str, tmp_path: Path, capsys
 
     assert found.keys() == {solved, "all"}
     assert (found["all"]["n"], found["all"]["accuracy"]) == (2, 0.5)
+
+
+def lose_literals(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
+    """Let the host keep the sandbox from reading any more of them."""
+    read, calls = SandboxPool.literal, count()
+
+    async def literal(self: SandboxPool, text: str) -> Outcome:
+        return await read(self, text) if next(calls) < after else Outcome(status="lost", error="killed")
+
+    monkeypatch.setattr(SandboxPool, "literal", literal)
+
+
+def test_a_lost_answer_is_not_solved_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "crux.jsonl").write_text(f"{json.dumps(ECHO)}\n{json.dumps(ECHO)}\n", encoding="utf-8")
+    lose_literals(monkeypatch, after=3)  # two right answers are read, and one of the model's
+
+    arguments = ["--model", "starter", "--json", "--suite", str(tmp_path / "crux.jsonl"), "--mode", "output"]
+    assert main([*arguments, *LIMITS]) == 0
+
+    told = capsys.readouterr()
+    assert {key: json.loads(told.out)["all"][key] for key in ("n", "accuracy", "lost")} == {
+        "n": 2,
+        "accuracy": 0.5,
+        "lost": 1,
+    }
+    assert told.err.count("1 answers were lost") == 1
+
+
+def test_a_lost_right_answer_is_not_the_files_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "crux.jsonl").write_text(f"{json.dumps(ECHO)}\n", encoding="utf-8")
+    lose_literals(monkeypatch, after=0)
+
+    assert main(["--model", "starter", "--suite", str(tmp_path / "crux.jsonl"), "--mode", "output", *LIMITS]) == 1
+
+    assert "line 1: could not be run: killed; free memory, then try again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

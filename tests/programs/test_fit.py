@@ -90,6 +90,27 @@ def test_a_model_that_fits_nowhere_is_told() -> None:
     assert all("choose a smaller model" in text for text in told)
 
 
+def test_what_is_too_much_for_shared_gpus_gets_a_smaller_share_or_gpus_of_its_own() -> None:
+    both = {"placement__mode": "shared", "engine__kind": "vllm"}
+    small = official(**both, placement__inference_gpus=2, placement__train_gpus=2, engine__memory_share=0.9)
+    assert learner_ways(small, PUBLISHED["3B"], 141 * GB)[0].keys() == {"engine.memory_share"}
+    large = official(**both, placement__inference_gpus=1, placement__train_gpus=1)
+    ways = learner_ways(large, PUBLISHED["7B"], 80 * GB)
+    assert ways
+    assert "--placement dedicated --train-gpus" in options(ways[0])
+    fit = fit_of(changed(large, ways[0]), PUBLISHED["7B"], 80 * GB)
+    assert fit.fits_learner
+    assert fit.fits_engine
+
+
+@pytest.mark.parametrize("span", [3, 8])
+def test_heads_that_cannot_be_divided_among_the_gpus_of_an_engine_are_told(span: int) -> None:
+    config = official(placement__inference_gpus=24, placement__train_gpus=8, placement__tensor_parallel=span)
+    (problem,) = problems(config, PUBLISHED["7B"], 80 * GB)
+    assert problem.startswith(f"placement.tensor_parallel = {span}: the model's 28 attention heads")
+    assert problem.endswith("Use one of 1, 2, 4, 7, 14, 28.")
+
+
 def test_on_a_shared_gpu_both_sides_have_to_fit() -> None:
     alone = official(placement__train_gpus=2, placement__inference_gpus=2, engine__memory_share=0.5)
     beside = changed(alone, {"placement.mode": "shared"})

@@ -26,8 +26,10 @@ from azr_async.messages import (
     Finish,
     GenerateJob,
     Judged,
+    Malformed,
     Pair,
     Problem,
+    Proposal,
     Rollout,
 )
 from azr_async.programs.filing import Filing
@@ -97,9 +99,10 @@ def rollout(group_id: int) -> Rollout:
     )
 
 
-def filing(library: Library) -> tuple[Filing, Flow]:
+def filing(library: Library, ledger: Ledger | None = None) -> tuple[Filing, Flow]:
     flow = Flow(max_lag=1, propose_samples=1, solve_samples=1, trained_attempts=1, tasks=TASKS)
-    made = Filing(flow, library, Ledger(), tasks=TASKS, usage=dict, gauges=dict, widths=dict, on_change=lambda: None)
+    ledger = Ledger() if ledger is None else ledger
+    made = Filing(flow, library, ledger, tasks=TASKS, usage=dict, gauges=dict, widths=dict, on_change=lambda: None)
     return made, flow
 
 
@@ -121,6 +124,28 @@ def test_the_task_of_a_dropped_sample_is_drawn_next() -> None:
     desk.dropped([rollout(admission.group_id)])
     assert library.task("deduction") == PROBLEM
     assert desk.stats()["samples.dropped"] == 1.0
+
+
+def test_samples_that_the_sandbox_could_not_judge_are_dropped_and_their_slots_free() -> None:
+    library, ledger = Library(capacity=99, seed=0), Ledger()
+    desk, flow = filing(library, ledger)
+    empty = flow.alive()
+    admission = flow.admit(())
+    assert admission is not None
+    desk.admitted(admission)
+    assert flow.alive() != empty
+    proposal = Proposal(admission=admission, references=(), completion=a_completion(), draft=Malformed(reason="unused"))
+    problem = replace(PROBLEM, task=admission.task)
+    desk.group(
+        Challenge(group_id=admission.group_id, problem=problem, proposal=proposal, attempts=2, trained_attempts=1),
+        [],
+        [],
+    )
+    samples = ledger.take().samples
+    assert {sample.role for sample in samples} == {"propose", "solve"}
+    fates = {(entry.stage, entry.reason) for entry in samples.values()}
+    assert fates == {("dropped", "the sandbox could not judge it")}
+    assert flow.alive() == empty
 
 
 def test_a_task_that_fits_no_prompt_is_let_go() -> None:

@@ -1,7 +1,7 @@
 """Starting from a user's own tasks."""
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,8 +10,8 @@ from azr_async.adapters.journal import SqliteJournal
 from azr_async.adapters.sandbox.pool import SandboxPool
 from azr_async.algorithm.library import Library
 from azr_async.config import ProposeConfig
-from azr_async.errors import ConfigError
-from azr_async.messages import Problem
+from azr_async.errors import ConfigError, SandboxError
+from azr_async.messages import Outcome, Problem
 from azr_async.programs.seeds import add_seeds, read_drafts, seed_problems
 
 
@@ -53,6 +53,18 @@ async def test_a_task_that_does_not_run_is_named(tmp_path: Path) -> None:
     bad = good.replace("return x", "return y")
     with pytest.raises(ConfigError, match=r"line 3: not a valid task: error \(NameError: name 'y' is not defined\)"):
         await problems_of(tmp_path / "seeds.jsonl", f"{good}\n\n{bad}\n{bad}")
+
+
+async def test_a_task_that_the_sandbox_has_lost_is_not_the_files_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(self: SandboxPool, program: str, inputs: Sequence[str], *, times: int = 1) -> list[Outcome]:
+        return [Outcome(status="lost", error="killed") for _ in inputs]
+
+    monkeypatch.setattr(SandboxPool, "run", run)
+    line = '{"task": "deduction", "program": "def f(x): return x", "input": "1"}'
+    with pytest.raises(SandboxError, match="line 1: could not be run: killed; free memory, then try again"):
+        await problems_of(tmp_path / "seeds.jsonl", line)
 
 
 @pytest.mark.parametrize("line", ["{", '{"task": "deduction"}', '{"task": "poetry", "program": "", "input": ""}', "7"])

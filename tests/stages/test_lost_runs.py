@@ -107,7 +107,12 @@ async def samples(*, judged: int, of: int) -> tuple[list[Judged], list[Rollout]]
 async def test_lost_attempts_are_left_out_of_their_group() -> None:
     items, rollouts = await samples(judged=1, of=3)
     assert [item.reward for item in items] == [1.0]
-    assert [(rollout.role, rollout.reward) for rollout in rollouts] == [("solve", 1.0), ("propose", 0.0)]
+    assert [(rollout.role, rollout.reward) for rollout in rollouts] == [("solve", 1.0)]
+
+
+async def test_a_proposal_is_rewarded_only_where_all_of_its_attempts_were_judged() -> None:
+    _, rollouts = await samples(judged=3, of=3)
+    assert [(rollout.role, rollout.reward) for rollout in rollouts] == [("solve", 1.0)] * 2 + [("propose", 0.0)]
 
 
 async def test_a_group_in_which_nothing_could_be_judged_is_whole_and_trains_nobody() -> None:

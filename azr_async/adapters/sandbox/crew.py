@@ -99,7 +99,8 @@ class Crew:
     async def fork(self, flavour: int, code: bytes, arguments: list[bytes]) -> Report | str:
         """Run compiled code on `arguments` in one fork of a zygote of `flavour`.
 
-        A text if each attempt's zygote died: why the last one did.
+        A text if there was no process for it: why not, the last time. It is tried `ATTEMPTS` times where zygotes die or
+        are silent, and `workers + SPARE_SLOTS` times where no child has begun.
         """
         request = b"".join(map(with_length, [code, *arguments]))
         attempts_left, vain_left, reason = ATTEMPTS, self._workers + SPARE_SLOTS, ""
@@ -159,14 +160,15 @@ class Crew:
 
     async def _release(self, name: str) -> bytes:
         """What one canary wrote. Raises StartFailed when its process cannot be had, HelperGone when its zygote ends."""
-        for attempts_left in reversed(range(ATTEMPTS)):
+        attempts_left = ATTEMPTS
+        while True:
             try:
                 async with self._lanes[0].member() as slot:
                     return (await slot.run(with_length(CANARY + name.encode()), CANARY_LIMITS, inputs=1)).content
             except NotBegun as error:  # it says nothing about the canary
+                attempts_left -= 1
                 if not attempts_left:
                     raise StartFailed(no_room("zygote", str(error))) from None
-        raise AssertionError
 
     def _refuse(self, problem: str) -> None:
         """Refuse to go on, if that is what was asked for; otherwise only say so."""

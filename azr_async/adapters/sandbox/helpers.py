@@ -36,7 +36,7 @@ class HelperGone(Exception):
 
 
 class NotBegun(HelperGone):
-    """The child that was to run a program died before it had read it: that says nothing about the program."""
+    """No child has read the program: it died before, or none could be forked. That says nothing about the program."""
 
 
 class HelperKilled(HelperGone):
@@ -81,11 +81,15 @@ class Helper:
     """All of the above, until they are closed."""
 
     def ended_by_kill(self) -> bool:
-        """Of a process that has hung up by itself: whether SIGKILL has ended it, for want of memory perhaps."""
+        """Of a process that has hung up by itself: whether SIGKILL has ended it, for want of memory perhaps.
+
+        One that is not gone within `KILL_SECONDS` counts as killed: whoever ends by himself is gone at once, but taking
+        a killed one down may last where memory is short.
+        """
         with suppress(subprocess.TimeoutExpired):
             # Where it is the first of a PID namespace, the one that waits for it passes the number on.
             return self.process.wait(KILL_SECONDS) in (-signal.SIGKILL, -signal.SIGKILL & 0xFF)
-        return False
+        return True
 
     def strike(self) -> None:
         """Begin to `kill`, without waiting for the end."""

@@ -38,7 +38,7 @@ class _Request:
     answer: list[bytes] | None = None
     must_go_alone: bool = False
     is_lost: bool = False
-    """Its parser was killed from outside the last time."""
+    """One of its parsers was killed from outside."""
 
 
 class ParsingDesk:
@@ -132,7 +132,7 @@ class ParsingDesk:
             parser.close()
             for request in batch:
                 request.must_go_alone = True
-                request.is_lost = isinstance(error, HelperKilled)
+                request.is_lost = request.is_lost or isinstance(error, HelperKilled)
             return
         for request, parts in zip(batch, answers, strict=True):
             request.answer = parts
@@ -210,7 +210,7 @@ class Parser:
         except BlockingIOError:
             return
         if not chunk:
-            is_killed = self.helper.ended_by_kill()
+            is_killed = self._replied is not None and self.helper.ended_by_kill()  # which blocks, so only for an answer
             self._break(HelperKilled("the parser was killed") if is_killed else HelperGone("the parser has ended"))
             return
         self._content += chunk

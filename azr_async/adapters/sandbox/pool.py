@@ -9,7 +9,7 @@ from azr_async.adapters.sandbox.helpers import HelperSettings
 from azr_async.adapters.sandbox.inside.wire import DOUBTFUL
 from azr_async.adapters.sandbox.meter import Meter
 from azr_async.adapters.sandbox.recent import Recent, digest
-from azr_async.adapters.sandbox.verdicts import KILLED, Limits, agreed, lost, outcomes_of
+from azr_async.adapters.sandbox.verdicts import KILLED, KILLED_LARGE, Limits, agreed, lost, outcomes_of
 from azr_async.algorithm.values import read
 from azr_async.messages import Outcome, Status
 
@@ -137,7 +137,8 @@ class SandboxPool:
         """Run `f(<input>)` for each input; one outcome per input, in order.
 
         Every input is run with fresh module globals and under limits of its own, but inputs of one call may share a
-        process. After an input that ran into a time limit the rest of the call is not tried: `timeout` as well.
+        process. After an input that ran into a time limit the rest of the call is not tried: `timeout` as well. Where
+        no process could be had for an input, the rest of the call is `lost` with it.
 
         Args:
             program: Python source that defines `f`.
@@ -208,16 +209,18 @@ class SandboxPool:
 
     async def _execute(self, flavour: int, code: bytes, arguments: list[bytes]) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        kills = 0
+        kills: list[Outcome] = []
         while len(outcomes) < len(arguments):
             rest = arguments[len(outcomes) :]
             report = await self._crew.fork(flavour, code, rest)
-            found = [lost(report)] if isinstance(report, str) else outcomes_of(report, len(rest), self._limits)
-            kills = kills + 1 if found == [KILLED] else 0
-            if 0 < kills < KILLED_RUNS:
+            if isinstance(report, str):  # the host has no process for this program: the next input would fare no better
+                return outcomes + [lost(report)] * len(rest)
+            found = outcomes_of(report, len(rest), self._limits)
+            kills = [*kills, found[0]] if found[0] in (KILLED, KILLED_LARGE) else []
+            if 0 < len(kills) < KILLED_RUNS:
                 continue
-            if kills:
-                found, kills = [KILLED if self._crew.is_walled else KILLED_ITSELF], 0
+            if kills:  # without the wall a program can kill itself: then it is charged with it
+                found, kills = [KILLED if KILLED in kills and self._crew.is_walled else KILLED_LARGE], []
             outcomes += found
             if outcomes[-1].status == "timeout":
                 outcomes += [NOT_TRIED] * (len(arguments) - len(outcomes))
@@ -234,9 +237,6 @@ class SandboxPool:
 _TOO_LONG: Final = f"Elonger than {SOURCE_CHARACTERS} characters".encode()
 
 NOT_TRIED: Final = Outcome(status="timeout", error="not tried: an earlier input of the same call took too long")
-
-KILLED_ITSELF: Final = Outcome(status="memory", limit="memory", error="killed, each time")
-"""Without the wall a program can do that: it is charged with it."""
 
 UNREAD: Final = Outcome(status="rejected", error="it could not be parsed within limits", ran=False)
 

@@ -84,7 +84,10 @@ class Slot:
         self._break("the sandbox was closed")
 
     def _why_not_begun(self, report: bytes, request_bytes: int, limits: Limits) -> str:
-        """Why nobody has read the request; empty if somebody has, and always with the pipe of requests empty again."""
+        """Why nobody has read the request; empty if somebody has, or if the limit was too short for it.
+
+        Where there was a child, the pipe of requests is empty again; where none could be forked, the zygote has ended.
+        """
         was_killed, status, *_ = REPORT.unpack(report)
         if was_killed == NO_FORK:
             return f"no process can be forked ({os.strerror(status)})"

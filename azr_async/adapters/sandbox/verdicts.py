@@ -37,7 +37,7 @@ class Report:
     wait_status: int
     cpu_seconds: float
     peak_kib: int
-    """Most memory that it had in use at once, beyond what it was forked with."""
+    """Most memory that it had in use at once, beyond what its zygote had before it confined itself."""
     wall_ms: float
 
     @property
@@ -47,9 +47,14 @@ class Report:
 
 
 KILLED: Final = Outcome(status="lost", error="killed from outside, below all limits of its own")
-"""By the kernel, which wanted memory, or by somebody: no program can do it to itself behind the wall."""
+"""By the kernel, which wanted memory, or by somebody: behind the wall no program can send itself a signal."""
+KILLED_LARGE: Final = Outcome(status="memory", limit="memory", error="killed, each time")
+"""The same with so much of its memory in use that it may be why. Once says nothing, so it is run again; who ends like
+this every time is charged with it: otherwise a program could have itself lost at will."""
 OWN_SHARE: Final = 0.9
 """Of a limit: whoever is killed beyond it has come to its end by itself."""
+LARGE_SHARE: Final = 0.5
+"""Of the limit of memory, for `KILLED_LARGE`."""
 
 
 def lost(reason: str) -> Outcome:
@@ -65,9 +70,9 @@ def outcomes_of(report: Report, count: int, limits: Limits) -> list[Outcome]:
     child of its own. The same holds for a later one that says it found no memory.
     """
     frames = _frames(report.content)
-    wall_ms = report.wall_ms / max(len(frames), 1)
     has_started_others = frames[-1:] == [NOTE]
     frames = [frame for frame in frames if frame != NOTE]
+    wall_ms = report.wall_ms / max(len(frames), 1)
     if not _ended_well(report) or len(frames) != count:
         frames = [] if report.is_over_limit else frames[: count - 1]
     short_of_memory = (place for place, frame in enumerate(frames) if place and frame[:1] == b"M")
@@ -131,11 +136,12 @@ def _death(number: int, report: Report, limits: Limits, has_started_others: bool
     is_killed = number == signal.SIGKILL
     if number == signal.SIGXCPU or (is_killed and report.cpu_seconds >= OWN_SHARE * limits.cpu_seconds):
         return Outcome(status="timeout", limit="cpu", error="CPU time", wall_ms=wall_ms)
-    if number == signal.SIGXFSZ:
-        return Outcome(status="error", limit="files", error="wrote into a file", wall_ms=wall_ms)
-    if is_killed and report.peak_kib >= OWN_SHARE * limits.memory_mb * 1024:
+    if not is_killed:
+        return Outcome(status="error", error=f"died of signal {number}", wall_ms=wall_ms)
+    memory_share = report.peak_kib / (limits.memory_mb * 1024)
+    if memory_share >= OWN_SHARE:
         return Outcome(status="memory", limit="memory", error="killed at its limit of memory", wall_ms=wall_ms)
-    return KILLED if is_killed else Outcome(status="error", error=f"died of signal {number}", wall_ms=wall_ms)
+    return KILLED_LARGE if memory_share >= LARGE_SHARE else KILLED
 
 
 def agreed(first: Outcome, second: Outcome) -> Outcome:

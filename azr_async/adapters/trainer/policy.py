@@ -144,5 +144,7 @@ def _is_same(policy: TokenPolicy, together: Callable[[], Chunk], alone: Chunk, s
     try:
         with torch.no_grad():
             return bool((policy(together())[0] - policy(alone)[0]).abs().max() < same_nats)
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the architecture
     except (TypeError, ValueError, RuntimeError):
         return False

@@ -24,7 +24,8 @@ def connect_ranks(config: Config) -> Accelerator:
     Raises PeerVanished when the others do not appear in time.
     """
     wires, weights = config.wires, config.weights
-    longest_seconds = 2 * (wires.start_seconds + wires.step_seconds + weights.deadline_seconds) + GRACE_SECONDS
+    once = wires.start_seconds + wires.step_seconds + weights.deadline_seconds
+    longest_seconds = 2 * once + config.checkpoint.write_seconds + GRACE_SECONDS
     is_cpu = config.placement.train_gpus == 0
     # Weights that wait in the host's memory are reduced there.
     backend = "cpu:gloo,cuda:nccl" if config.learner.cpu_offload and not is_cpu else None

@@ -119,8 +119,11 @@ class Trainer:
         """
         if not self.is_sharded:
             return None
+        model = self._policy.model
+        kept = model.state_dict().keys()  # of the buffers only those that a checkpoint has
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
         with lost_ranks_named(self._accelerator):
-            return to_host(dict(self._policy.model.named_parameters()), keep=self._accelerator.is_main_process)
+            return to_host({**dict(model.named_parameters()), **buffers}, keep=self._accelerator.is_main_process)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold for the next step to be the same; empty before the first step.
@@ -227,8 +230,8 @@ def _policy_of(model: nn.Module, config: Config, accelerator: Accelerator, *, sh
 
 
 def _recompute_layers(model: nn.Module) -> None:
-    """Layers are computed again for their gradients. Only they get the training mode that this needs: what is inside
-    them still keeps dropout out."""
+    """Layers are computed again for their gradients. Only they get the training mode that this needs, and as some of
+    them drop out by themselves, all shares of what is dropped become 0."""
     body: Any = model
     if not body.supports_gradient_checkpointing:
         raise TrainingError(
@@ -238,6 +241,9 @@ def _recompute_layers(model: nn.Module) -> None:
     body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for module in model.modules():
         module.training = bool(getattr(module, "gradient_checkpointing", False))
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
 
 
 def _findings(policy: TokenPolicy, config: Config, accelerator: Accelerator) -> tuple[bool, bool]:

@@ -38,8 +38,8 @@ def refusal(nodes: Iterable[ast.AST], allowed_imports: Collection[str]) -> str |
     """Why a program of these nodes is refused, or None."""
     written_out: set[int] = set()
     for node in nodes:  # parents come first
-        if _is_written_out(node):
-            written_out.add(id(node.targets[0]))  # type: ignore[attr-defined]
+        if (target := _written_out_target(node)) is not None:
+            written_out.add(id(target))
         if id(node) not in written_out and _names_match_args(node):
             return "__match_args__ is allowed only as a tuple that is written out"
         reason = _refusal_of(node, allowed_imports)
@@ -84,15 +84,20 @@ def _by_vars(child: object) -> object:
     return child
 
 
-def _is_written_out(node: ast.AST) -> bool:
-    """Whether this assigns names to `__match_args__` that can be read here; a pattern will look them up."""
+def _written_out_target(node: ast.AST) -> ast.expr | None:
+    """The `__match_args__` to which this assigns names that can be read here; a pattern will look them up."""
     match node:
-        case ast.Assign(targets=[ast.Name(id="__match_args__")], value=ast.Tuple(elts=names)):
-            return all(
-                isinstance(name, ast.Constant) and isinstance(name.value, str) and not is_hidden_attribute(name.value)
-                for name in names
-            )
-    return False
+        case ast.Assign(targets=[target], value=ast.Tuple(elts=names)):
+            pass
+        case ast.AnnAssign(target=target, value=ast.Tuple(elts=names)):
+            pass
+        case _:
+            return None
+    is_readable = all(
+        isinstance(name, ast.Constant) and isinstance(name.value, str) and not is_hidden_attribute(name.value)
+        for name in names
+    )
+    return target if is_readable and isinstance(target, ast.Name) and target.id == "__match_args__" else None
 
 
 def _names_match_args(node: ast.AST) -> bool:
@@ -138,6 +143,8 @@ def _refusal_of(node: ast.AST, allowed_imports: Collection[str]) -> str | None:
             return f"attribute {name} is not allowed"
         case ast.Name(id=name) if name in HIDDEN_NAMES:
             return f"name {name} is not allowed"
+        case ast.AnnAssign(target=ast.Name(id=name)) if is_hidden_attribute(name):  # a dataclass makes patterns of them
+            return f"field {name} is not allowed"
         case ast.MatchClass(kwd_attrs=names):
             hidden = [name for name in names if is_hidden_attribute(name)]
             return f"attribute {hidden[0]} is not allowed" if hidden else None

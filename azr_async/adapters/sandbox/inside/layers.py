@@ -62,7 +62,7 @@ def die_with(parent: int | None) -> None:
 def confine(options: Options, *, filter_name: str) -> Report:
     """Put on every layer that this host offers, in a new process if that takes one; returns in the confined one."""
     report: Report = {}
-    memory_bytes = _address_space_bytes() + (options["memory_mb"] << 20)
+    memory_bytes = address_space_and_resident_bytes()[0] + (options["memory_mb"] << 20)
     _try(report, "oom_score", _be_killed_first)
     _try(report, "namespaces", _leave_namespaces)
     if report["namespaces"].startswith("verified"):
@@ -243,9 +243,11 @@ def _no_new_privileges() -> str:
     return ""
 
 
-def _address_space_bytes() -> int:
+def address_space_and_resident_bytes() -> tuple[int, int]:
+    """What this process has now. `getrusage` tells the peak of whoever started it, which survives `exec`."""
     with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
+        address_space, resident, *_ = file.read().split()
+    return int(address_space) * resource.getpagesize(), int(resident) * resource.getpagesize()
 
 
 def _set_limits(memory_bytes: int) -> str:

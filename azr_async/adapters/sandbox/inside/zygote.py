@@ -67,7 +67,7 @@ def prepare(options: layers.Options) -> tuple[layers.Report, Callable[[], None]]
     guarded_names = builtin_names(frozenset(options["allowed_imports"]))
     if options["is_gated"]:
         guard_library(guarded_names)
-    own_peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the walls forbid to ask
+    own_kib = layers.address_space_and_resident_bytes()[1] >> 10  # later the walls forbid to ask
     report = layers.confine(options, filter_name="ZYGOTE")
     put_wall_on = layers.child_wall(report, options["cpu_seconds"])
     sys.stdin = None
@@ -77,10 +77,10 @@ def prepare(options: layers.Options) -> tuple[layers.Report, Callable[[], None]]
     note_starters()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     stage = Stage(guarded_names if options["is_gated"] else dict(vars(builtins)), options["result_bytes"])
-    return report, partial(_serve, put_wall_on, stage, own_peak_kib)
+    return report, partial(_serve, put_wall_on, stage, own_kib)
 
 
-def _serve(put_wall_on: Callable[[], None], stage: Stage, own_peak_kib: int) -> None:
+def _serve(put_wall_on: Callable[[], None], stage: Stage, own_kib: int) -> None:
     gc.collect()
     gc.freeze()
     child = _fork_ahead(put_wall_on, stage)
@@ -90,7 +90,7 @@ def _serve(put_wall_on: Callable[[], None], stage: Stage, own_peak_kib: int) -> 
         except OSError as error:
             os.write(layers.REPORT_FD, REPORT.pack(NO_FORK, error.errno or 0, 0, 0, 0))
             return
-        report, ended_well = _wait(child, ORDER.unpack(order)[0] / 1000, own_peak_kib)
+        report, ended_well = _wait(child, ORDER.unpack(order)[0] / 1000, own_kib)
         os.write(layers.REPORT_FD, report)
         # What another one has left of its request is for the pool to clear away, before anybody reads on.
         child = _fork_ahead(put_wall_on, stage) if ended_well else None
@@ -125,7 +125,7 @@ def _be_the_child(put_wall_on: Callable[[], None], stage: Stage) -> None:
         os._exit(status)
 
 
-def _wait(child: int, wall_seconds: float, own_peak_kib: int) -> tuple[bytes, bool]:
+def _wait(child: int, wall_seconds: float, own_kib: int) -> tuple[bytes, bool]:
     """Wait for the child's end, bring it about at the deadline; the report, and whether it ended by itself and well."""
     started = time.monotonic()
     was_killed = False
@@ -142,7 +142,7 @@ def _wait(child: int, wall_seconds: float, own_peak_kib: int) -> tuple[bytes, bo
         ended = os.wait4(child, 0)
         signal.sigtimedwait([signal.SIGCHLD], 0)
     _, status, usage = ended
-    peak_kib = min(max(0, usage.ru_maxrss - own_peak_kib), 2**32 - 1)
+    peak_kib = min(max(0, usage.ru_maxrss - own_kib), 2**32 - 1)
     report = REPORT.pack(was_killed, status, int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6), peak_kib)
     return report, status == 0
 
