@@ -1,6 +1,7 @@
-"""How well does `python -m azr_async plan` predict? One run calibrates it; runs of other settings check it.
+"""How well does `python -m azr_async plan` predict? A run calibrates it; a run of other settings right after checks it.
 
 Every run is a whole one, on this machine. Without GPUs its programs share the cores, which the planner models as such.
+All calibrating runs have the same settings: how far their rates lie apart tells how steady the machine was.
 
     python benchmarks/planner.py --output benchmarks/results/planner.json
     python benchmarks/planner.py --runs DIR --only slots,lag-0      # keep the runs; make or check just these
@@ -23,7 +24,7 @@ from azr_async.programs.plan import predicted
 from azr_async.programs.trace import FIRST_STEPS, read_trace
 
 QUIET: Final = ("--evaluation.suite", "none")
-CALIBRATION: Final = ("--max-lag", "2", "--evaluation.every-steps", "12", "--steps", "35")
+CALIBRATION: Final = ("--max-lag", "2", "--evaluation.every-steps", "12", "--steps", "30")
 HELD_BACK: Final[dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]]] = {
     "no-evaluation": (("--max-lag", "2", *QUIET), {}, {}),
     "lag-0": (("--max-lag", "0", *QUIET), {}, {"max_lag": 0}),
@@ -53,8 +54,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.runs or Path(scratch)
         names = arguments.only.split(",") if arguments.only else list(HELD_BACK)
-        _lines(folder / "calibration", *CALIBRATION)
         for name in names:
+            _lines(folder / f"{name}-calibration", *CALIBRATION)
             _lines(folder / name, *HELD_BACK[name][0], "--steps", str(arguments.steps))
         rows = [compared(folder, name, arguments.cores) for name in names]
     show(rows)
@@ -62,8 +63,8 @@ def main() -> None:
 
 
 def compared(folder: Path, name: str, cores: int) -> dict[str, Any]:
-    """Predicted by the calibration run, and measured."""
-    trace = read_trace(folder / "calibration", cores=cores)
+    """Predicted by the calibrating run before it, and measured."""
+    trace = read_trace(folder / f"{name}-calibration", cores=cores)
     _, machine_changes, work_changes = HELD_BACK[name]
     machine: Machine = replace(trace.machine, **machine_changes)
     work: Workload = replace(trace.workload, **({"evaluated_every": 0} | work_changes))
@@ -78,7 +79,7 @@ def compared(folder: Path, name: str, cores: int) -> dict[str, Any]:
         "busy_inference": statistics.fmean(line["busy"]["inference"] for line in steady),
         "busy_learner": statistics.fmean(line["busy"]["learner"] for line in steady),
     }
-    result: dict[str, Any] = {"name": name}
+    result: dict[str, Any] = {"name": name, "calibration_steps_per_second": trace.steps_per_second}
     for key, value in measured.items():
         result |= {key: value, f"predicted_{key}": getattr(plan, key)}
     return result | {"error": plan.steps_per_second / measured["steps_per_second"] - 1.0}
@@ -86,10 +87,21 @@ def compared(folder: Path, name: str, cores: int) -> dict[str, Any]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Measured and predicted, side by side."""
-    table = Table("held-back run", "steps/s", "predicted", "error", "lag", "predicted", "busy inference", "predicted")
+    table = Table(
+        "held-back run",
+        "calibration",
+        "steps/s",
+        "predicted",
+        "error",
+        "lag",
+        "predicted",
+        "busy inference",
+        "predicted",
+    )
     for row in rows:
         table.add_row(
             row["name"],
+            f"{row['calibration_steps_per_second']:.3g}",
             f"{row['steps_per_second']:.3g}",
             f"{row['predicted_steps_per_second']:.3g}",
             f"{row['error']:+.1%}",

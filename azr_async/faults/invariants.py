@@ -100,8 +100,8 @@ def damaged_checkpoints(run_dir: Path) -> Iterator[str]:
     """What is wrong with the checkpoints that have a manifest, which says that they are whole."""
     for manifest in _manifests(run_dir):
         try:
-            files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        except (ValueError, KeyError, TypeError):
+            files = dict(json.loads(manifest.read_text(encoding="utf-8"))["files"])
+        except (OSError, ValueError, KeyError, TypeError):
             yield f"{manifest} is damaged"
             continue
         if lacking := sorted(NEEDED - files.keys()):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
-from azr_async.algorithm.fault_schedule import Fault, Plan
+from azr_async.algorithm.fault_schedule import EVERYTHING, Fault, Plan
 from azr_async.config import Config
 from azr_async.faults.inflict import Done, Scene, inflict
 from azr_async.faults.invariants import damaged_checkpoints, last_step, newest_checkpoint, violations
@@ -38,6 +38,8 @@ _NAMED: Final = re.compile(
     r"|The run failed: .*(inference-\d+|selfplay|learner-\d+).* The logs are in ",
     re.DOTALL,
 )
+_DEADLY: Final = (("group", EVERYTHING), ("kill", "launcher"))
+"""Faults that may end a launcher by a signal."""
 _NOTICED: Final = re.compile(r"damaged on the way|has refused [0-9]+ messages")
 
 
@@ -108,8 +110,9 @@ def silence_seconds(config: Config) -> float:
     Twice, as for learner ranks, which wait for each other: for one deadline may only begin when another one ends.
     """
     wires = config.wires
-    once = wires.start_seconds + wires.step_seconds + config.weights.deadline_seconds + wires.peer_timeout_seconds
-    return 2 * once + wires.stop_seconds + GRACE_SECONDS
+    step_seconds = max(wires.step_seconds, config.learner.step_seconds)
+    once = wires.start_seconds + step_seconds + config.weights.deadline_seconds + wires.peer_timeout_seconds
+    return 2 * once + config.checkpoint.write_seconds + wires.stop_seconds + GRACE_SECONDS
 
 
 class _Attempt:
@@ -165,7 +168,7 @@ class _Attempt:
     def end(self, status: int) -> None:
         """The attempt is over: what came of its faults, and was it an end that a run may have?"""
         last, error = self._last_step(), self.error()
-        was_killed = any(one.fault.kind == "group" or one.fault.target == "launcher" for one in self._mine)
+        was_killed = any(one.done.what and (one.fault.kind, one.fault.target) in _DEADLY for one in self._mine)
         for one in self._mine:
             if not one.done.what:
                 continue
@@ -281,7 +284,7 @@ def is_named(error: str) -> bool:
 
 
 def is_noticed(news: str) -> bool:
-    """Do logs say that a message did not arrive as it was sent?"""
+    """Do logs say that a message did not arrive as it was sent? Which one, they do not say."""
     return _NOTICED.search(news) is not None
 
 

@@ -44,6 +44,8 @@ RUN_OPTIONS: Final[Mapping[str, str]] = {
     "--wires.step-seconds": "40",
     "--wires.stop-seconds": "20",
     "--weights.deadline-seconds": "10",
+    "--learner.step-seconds": "40",
+    "--checkpoint.write-seconds": "40",
 }
 """Small batches and short deadlines: a step takes part of a second, and what is broken is noticed soon."""
 SCHEDULED: Final = frozenset(
@@ -169,7 +171,10 @@ def _checked(settings: Mapping[str, str]) -> Config:
         raise ConfigError(f"{', '.join(fixed)}: every run draws its own. Leave it out; another --seed draws others.")
     if not sys.platform.startswith("linux"):
         raise ConfigError("faults are inflicted with means that only Linux has. Run this on Linux.")
-    return load(parse([word for pair in settings.items() for word in pair]))
+    config = load(parse([word for pair in settings.items() for word in pair]))
+    if not config.checkpoint.every_steps:
+        raise ConfigError("--checkpoint.every-steps 0: what is killed could not be continued. Give it 1 or more.")
+    return config
 
 
 def _output(wish: Path | None) -> Path:

@@ -11,6 +11,8 @@ from urllib.request import Request, urlopen
 
 from azr_async.config import Config
 from azr_async.errors import AzrError
+from azr_async.programs.folders import BEGUN_FROM_FILE, BOOKS
+from azr_async.programs.mailbox import POINTER
 from azr_async.programs.seeds import read_drafts
 from azr_async.starter.suite import load_suite
 
@@ -19,7 +21,7 @@ HUB_SECONDS: Final = 5.0
 
 _HUB_ID: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _TRACKER_MODULES: Final[Mapping[str, tuple[str, ...]]] = {"tensorboard": ("tensorboard", "tensorboardX")}
-_UNFINISHED: Final = ("config.yaml", "logs", "tensorboard", "metrics.jsonl", "evaluations.jsonl")
+_UNFINISHED: Final = ("config.yaml", BEGUN_FROM_FILE, "logs", POINTER, "tensorboard", *BOOKS)
 """What a run that ended before its first step leaves behind, beside its journal."""
 
 
@@ -155,7 +157,6 @@ def _is_free(output: Path) -> bool:
     except (OSError, ValueError):
         return True  # making the folder will tell what is wrong with it
     is_books = [path.name in _UNFINISHED or path.name.startswith("journal.sqlite") for path in left]
-    books = (output / name for name in ("metrics.jsonl", "evaluations.jsonl"))
-    return not left or (
-        all(is_books) and (output / "config.yaml").is_file() and not any(is_file(b) and b.stat().st_size for b in books)
-    )
+    books = (output / name for name in BOOKS)
+    is_runs = (output / "config.yaml").is_file() or [path.name for path in left] == ["logs"]  # killed at once
+    return not left or (all(is_books) and is_runs and not any(is_file(b) and b.stat().st_size for b in books))

@@ -20,6 +20,7 @@ from azr_async.programs.wiring import CONFIG_FILE, LAUNCHER_PID_FILE
 
 WIRES_PREFIX: Final = "azr-"
 JOURNAL_FILE: Final = "journal.sqlite"
+BEGUN_FROM_FILE: Final = "begun-from"
 BOOKS: Final = ("metrics.jsonl", "evaluations.jsonl")
 
 
@@ -35,36 +36,45 @@ def config_text(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
 
 
-def forget_journal(run_dir: Path) -> None:
-    """Take away the tasks of a run that ended before its first step, for one that starts anew in its folder."""
-    for path in run_dir.glob(f"{JOURNAL_FILE}*"):
-        path.unlink()
+def forget_beginning(run_dir: Path) -> None:
+    """Take away what a run that ended before its first step has found, for one that starts anew in its folder."""
+    for path in (*run_dir.glob(f"{JOURNAL_FILE}*"), run_dir / BEGUN_FROM_FILE):
+        path.unlink(missing_ok=True)
 
 
-def claimed_run_dir(run_dir: Path, config: Config, history_from: Path | None) -> TextIO:
+def begun_from(run_dir: Path) -> Path | None:
+    """The checkpoint of another folder that the run began with, if that is how it began."""
+    try:
+        return Path((run_dir / BEGUN_FROM_FILE).read_text(encoding="utf-8").strip())
+    except FileNotFoundError:
+        return None
+
+
+def claimed_run_dir(
+    run_dir: Path, config: Config, history_from: Path | None = None, checkpoint: Path | None = None
+) -> TextIO:
     """Make the run's folder with `logs/` and `config.yaml`; other launchers stay out until the result is closed.
 
     Args:
         run_dir: new, empty, or the folder of the run that goes on.
-        config: what to write into it.
+        config: what to write into it. It comes last and whole: a folder that has it has all the rest.
         history_from: another run's folder whose journal and metrics are copied, for a run that branches off.
+        checkpoint: of another folder, for a run that begins with it.
 
     Raises ConfigError when the folder cannot be written, or a run is going on in it.
     """
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        file = (run_dir / CONFIG_FILE).open("a", encoding="utf-8")
+        lock = (run_dir / "logs" / "launcher.lock").open("w", encoding="ascii")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.truncate(0)
-            file.write(config_text(config))
-            file.flush()
-            os.fsync(file.fileno())  # a full disk shows here, not minutes later
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if checkpoint is not None:
+                _write_whole(run_dir, BEGUN_FROM_FILE, f"{checkpoint}\n")
             if history_from is not None:
                 _copy_history(history_from, run_dir)
-        except OSError:
-            with suppress(OSError):  # what could not be written is written once more on closing
-                file.close()
+            _write_whole(run_dir, CONFIG_FILE, config_text(config))
+        except BaseException:
+            lock.close()
             raise
     except BlockingIOError:
         raise ConfigError(f"another run is going on in {run_dir}. Stop it, or choose another --output.") from None
@@ -72,7 +82,17 @@ def claimed_run_dir(run_dir: Path, config: Config, history_from: Path | None) ->
         raise ConfigError(
             f"the run directory {run_dir} cannot be written: {error.strerror}. {_way_out(error)}"
         ) from None
-    return file
+    return lock
+
+
+def _write_whole(run_dir: Path, name: str, text: str) -> None:
+    """The old content stays until the new one is on the disk; a full one shows here, not minutes later."""
+    draft = run_dir / "logs" / f"{name}.draft"
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(run_dir / name)
 
 
 def _copy_history(old_dir: Path, run_dir: Path) -> None:

@@ -55,10 +55,12 @@ async def self_play(
     """
     async with replies:
         first, state, handover = await anext(requests, None), "", None
-        while isinstance(first, Handover):  # the newest counts
-            handover, first = first, await anext(requests, None)
-        if isinstance(first, SelfPlayState):
-            state, first = first.state, await anext(requests, None)
+        while isinstance(first, Handover | SelfPlayState):  # the newest counts
+            if isinstance(first, Handover):
+                handover, state = first, ""  # what holds after it comes with it
+            else:
+                state = first.state
+            first = await anext(requests, None)
         if first is not None:  # else the learner ended before it began
             assert isinstance(first, WeightsReady)
             on_weights(first)

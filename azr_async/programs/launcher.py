@@ -15,7 +15,7 @@ from azr_async.adapters.channels import ZmqReceiver, zmq_receiver
 from azr_async.config import Config
 from azr_async.errors import PeerVanished
 from azr_async.messages import Progress
-from azr_async.programs.folders import BOOKS, claimed_run_dir, forget_journal, new_run_dir, private_wires_dir
+from azr_async.programs.folders import BOOKS, claimed_run_dir, forget_beginning, new_run_dir, private_wires_dir
 from azr_async.programs.mailbox import mailbox
 from azr_async.programs.placement import (
     Placed,
@@ -62,11 +62,11 @@ def launch(config: Config, *, output: Path | None, resumed: Resumed | None, env:
     """
     old_dir = resumed.run_dir if resumed else None
     run_dir = output or old_dir or new_run_dir(config.run.name)
-    history_from = old_dir if old_dir != run_dir else None
-    with claimed_run_dir(run_dir, config, history_from), private_wires_dir() as wires_dir:
+    checkpoint = resumed.checkpoint if resumed else None
+    elsewhere = {} if run_dir == old_dir else {"history_from": old_dir, "checkpoint": checkpoint}
+    with claimed_run_dir(run_dir, config, **elsewhere), private_wires_dir() as wires_dir:
         if resumed is None:
-            forget_journal(run_dir)
-        checkpoint = resumed.checkpoint if resumed else None
+            forget_beginning(run_dir)
         crew = Crew(config, run_dir=run_dir, wires_dir=wires_dir, checkpoint=checkpoint, env=env)
         first_step = 0
         if resumed is not None:

@@ -24,7 +24,7 @@ from azr_async.programs.learner_metrics import Books
 from azr_async.programs.learner_saving import saving
 from azr_async.programs.learner_weights import publishing
 from azr_async.programs.learner_wires import StopRequested, Wires, open_wires
-from azr_async.programs.torch_thread import TorchThread, torch_thread
+from azr_async.programs.torch_thread import TorchThread, end_of_process, torch_thread
 from azr_async.programs.wiring import Reporter, load_run_config, program_main, program_parser
 
 CHECKPOINTS_FOLDER: Final = "checkpoints"
@@ -47,7 +47,9 @@ def main() -> int:
         rank=arguments.rank,
         resume=arguments.resume,
     )
-    return program_main(f"learner-{arguments.rank}", arguments.run_dir, arguments.wires, config, program)
+    return end_of_process(
+        program_main(f"learner-{arguments.rank}", arguments.run_dir, arguments.wires, config, program)
+    )
 
 
 async def learn(
@@ -58,7 +60,7 @@ async def learn(
     Raises:
         AzrError: what went wrong, who did not answer, and what to do.
     """
-    async with torch_thread() as torch:
+    async with torch_thread(config.wires.stop_seconds) as torch:
         reporter.report("loading the model", 0, config.run.steps)
         if rank > 0:
             await torch.run(partial(_follow, config, resume))

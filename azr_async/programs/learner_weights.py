@@ -106,11 +106,16 @@ class Publisher:
 
     async def close(self) -> None:
         """Leave the group, even if it is not complete; whoever waits in it is told."""
+        leave = partial(
+            self._torch.run,
+            what="leaving the weight group",
+            deadline_seconds=self._config.weights.deadline_seconds,
+        )
         if self._group is not None:
-            await self._torch.run(self._group.transport.close)
+            await leave(self._group.transport.close)
             self._group = None
         if self._groups_given_up < self._groups_built:
-            await self._torch.run(partial(give_up, self._store, self._groups_built - 1))
+            await leave(partial(give_up, self._store, self._groups_built - 1))
             self._groups_given_up = self._groups_built
 
     async def _reachable(self) -> tuple[Member, ...]:

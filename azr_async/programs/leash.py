@@ -18,6 +18,7 @@ def main() -> int:
     launcher_pid, module = int(sys.argv[1]), sys.argv[2]
     die_with_parent()
     if os.getppid() != launcher_pid:
+        print(f"{module}: the launcher of this run is gone. Start the run again with `python run.py`.", file=sys.stderr)
         return 1
     del sys.argv[:2]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

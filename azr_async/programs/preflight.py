@@ -17,7 +17,7 @@ from azr_async.algorithm.dialogue.compact import MARKERS
 from azr_async.config import Config
 from azr_async.errors import AzrError, ConfigError
 from azr_async.programs import files, fit, placement
-from azr_async.programs.folders import config_text
+from azr_async.programs.folders import begun_from, config_text
 from azr_async.programs.memory_table import cache_note, heading, parts_table, splits_table
 from azr_async.programs.model_shapes import shape_of
 from azr_async.programs.summary import begins_anew
@@ -233,7 +233,7 @@ def _checkpoint(resume: Path, config: Config) -> Resumed:
     if not files.is_dir(path):
         raise ConfigError(f"--resume: there is no checkpoint or run folder {resume}. Name one that exists.")
     if not _CHECKPOINT_NAME.fullmatch(path.name):
-        newest = checkpoints.newest(path / "checkpoints")
+        newest = checkpoints.newest(path / "checkpoints") or begun_from(path)
         if newest is None and begins_anew(path):
             return Resumed(checkpoint=None, step=-1, run_dir=path)
         if newest is None:
@@ -250,4 +250,5 @@ def _checkpoint(resume: Path, config: Config) -> Resumed:
             f"--resume: {folder} is at step {step}, and the run ends at step {config.run.steps}. Raise --steps."
         )
     home = folder.absolute().parent
-    return Resumed(checkpoint=folder.absolute(), step=step, run_dir=home.parent if home.name == "checkpoints" else None)
+    run_dir = home.parent if home.name == "checkpoints" else None
+    return Resumed(checkpoint=folder.absolute(), step=step, run_dir=run_dir if folder is path else path.absolute())

@@ -9,9 +9,9 @@ from typing import Any, Final
 
 from azr_async.messages import TASKS
 from azr_async.programs.fates import Ended, Loss, RunEnd
-from azr_async.programs.folders import JOURNAL_FILE
+from azr_async.programs.folders import JOURNAL_FILE, begun_from
 from azr_async.programs.view import duration
-from azr_async.programs.wiring import CONFIG_FILE, LastWords
+from azr_async.programs.wiring import LastWords
 
 Metrics = Mapping[str, Any]
 LOG_LINES: Final = 12
@@ -68,7 +68,7 @@ def how_it_was_interrupted(lines: Sequence[Metrics], steps: int, run_dir: Path, 
 def how_to_go_on(run_dir: Path) -> str:
     """The command that continues from the newest checkpoint, or from the beginning; empty where nothing can be."""
     checkpoints = sorted((run_dir / "checkpoints").glob("step-*"))
-    if not checkpoints and not begins_anew(run_dir):
+    if not checkpoints and not begun_from(run_dir) and not begins_anew(run_dir):
         return ""
     return f"Go on with: python run.py --resume {checkpoints[-1] if checkpoints else run_dir}"
 
@@ -77,13 +77,16 @@ def begins_anew(run_dir: Path) -> bool:
     """Is this a run without a checkpoint that can be resumed all the same, from its beginning, with its tasks?
 
     A run's first checkpoint is there before its second step: one that has taken more steps has lost its checkpoints, or
-    wanted none (`checkpoint.every_steps = 0`), and its lines are not to be cut. Before its first line it may have no
-    journal yet.
+    wanted none (`checkpoint.every_steps = 0`), and its lines are not to be cut. One that began with the checkpoint of
+    another folder has its beginning there.
     """
-    if not (run_dir / CONFIG_FILE).is_file():
+    if not (run_dir / JOURNAL_FILE).is_file() or begun_from(run_dir):
         return False
-    lines = MetricsReader(run_dir / "metrics.jsonl").new_lines()
-    return not lines or (lines[-1]["step"] <= 1 and (run_dir / JOURNAL_FILE).is_file())
+    try:
+        lines = MetricsReader(run_dir / "metrics.jsonl").new_lines()
+    except (ValueError, KeyError):  # damaged: nobody knows how far it came
+        return False
+    return not lines or lines[-1]["step"] <= 1
 
 
 def what_failed_while_stopping(end: RunEnd, words: Mapping[str, LastWords], run_dir: Path) -> list[str]:

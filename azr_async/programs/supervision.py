@@ -123,7 +123,7 @@ class Supervisor:
             ended = await self._run_once(spec)
             is_leaving = spec.name in self._leaving
             if is_leaving or not self._is_started_again(spec, ended):
-                if is_leaving or (spec.is_spare and self._goes_on()):
+                if is_leaving or (spec.is_spare and self._goes_on() and self._has_another(spec.name)):
                     self._forget(spec.name)
                     self._on_removed(ended)
                 else:
@@ -181,6 +181,14 @@ class Supervisor:
 
     def _goes_on(self) -> bool:
         return not self._stop_wishes and not self._is_winding_down.is_set()
+
+    def _has_another(self, name: str) -> bool:
+        """Is there, or comes again, one of its kind that nobody has told to leave?"""
+        kind = name.rstrip("0123456789")
+        return any(
+            spec.name != name and spec.name.startswith(kind) and spec.name not in self._leaving | self._ended.keys()
+            for spec in self._specs
+        )
 
     def _gone(self) -> set[str]:
         """Programs that do not run and, once the run winds down, never will again."""

@@ -151,22 +151,20 @@ def _engine(
     config: Config, spans: Sequence[tuple[Line, Line]], cores: float | None, notes: list[str]
 ) -> tuple[float, float, float]:
     """Seconds of a step, of a row in it, of a prompt."""
-    last = spans[-1][1]
-    pace = last["engines"].get("pace", {})
-    if not pace.get("steps"):
+    if not spans[-1][1]["engines"].get("pace", {}).get("steps"):
         notes.append("the engine does not tell its steps, so its rate is taken to be the same at any concurrency")
         busy = ((line["wall_seconds"] - before["wall_seconds"]) * line["busy"]["inference"] for before, line in spans)
         tokens = _total([line for _, line in spans], "tokens", "generated")
         return 0.0, sum(busy) * config.inference_workers / max(1.0, tokens), 0.0
-    n, x, xx, y, xy = (pace[name] for name in ("steps", "rows", "rows_squared", "step_seconds", "rows_seconds"))
+    names = ("steps", "rows", "rows_squared", "step_seconds", "rows_seconds", "prefill_seconds", "prompts")
+    n, x, xx, y, xy, prefill, prompts = (_grown(spans, "engines", "pace", name) for name in names)
     spread = n * xx - x * x
     row = max(0.0, (n * xy - x * y) / spread) if spread > 0 else y / x
     step = max(0.0, (y - row * x) / n)
     if cores is not None:  # what the process does besides: moving messages, receiving weights
-        inside = sum(_grown(spans, "engines", "pace", name) for name in ("step_seconds", "prefill_seconds"))
-        beside = max(0.0, _grown(spans, "engines", "cpu_seconds") - inside)
-        row += beside / max(1.0, _grown(spans, "engines", "pace", "rows"))
-    return step, row, pace["prefill_seconds"] / max(1.0, pace["prompts"])
+        beside = max(0.0, _grown(spans, "engines", "cpu_seconds") - y - prefill)
+        row += beside / max(1.0, x)
+    return step, row, prefill / max(1.0, prompts)
 
 
 def _learner(lines: Sequence[Line], cores: float | None) -> tuple[float, float]:

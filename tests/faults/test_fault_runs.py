@@ -40,6 +40,7 @@ def test_a_run_with_a_few_faults_ends_trained_and_breaks_nothing(tmp_path: Path)
         (["--run.device"], "pairs"),
         (["--flow.max-lag", "1"], "every run draws its own"),
         (["--placement.inference_workers=3"], "every run draws its own"),
+        (["--checkpoint.every-steps", "0"], "could not be continued"),
         (["--output", "{here}"], "is not empty"),
     ],
 )

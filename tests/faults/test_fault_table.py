@@ -11,8 +11,10 @@ from azr_async.adapters.channels.protocol import damage
 from azr_async.algorithm.fault_schedule import Fault, Plan
 from azr_async.config import Config
 from azr_async.faults.inflict import Done
+from azr_async.programs.commandline import load, parse
 from azr_async.programs.fault_run import Inflicted, Story, is_named, is_noticed, silence_seconds
 from azr_async.programs.fault_table import inflicted, report, table, target_kind
+from azr_async.programs.faults import RUN_OPTIONS
 
 KILL = Fault(kind="kill", target="inference-1", step=3, after_seconds=0.0)
 DROP = Fault(kind="drop", target="inference-0-jobs from selfplay", step=4, after_seconds=0.0)
@@ -52,8 +54,10 @@ def test_the_report_is_json_and_counts_violations() -> None:
 
 
 def test_a_hang_is_longer_than_every_deadline_of_the_configuration() -> None:
-    wires = Config().wires
-    assert silence_seconds(Config()) > 2 * (wires.start_seconds + wires.step_seconds) + wires.stop_seconds
+    for config in (Config(), load(parse([word for pair in RUN_OPTIONS.items() for word in pair]))):
+        wires, silence = config.wires, silence_seconds(config)
+        assert silence > 2 * (wires.start_seconds + wires.step_seconds) + wires.stop_seconds
+        assert silence > config.learner.step_seconds + config.checkpoint.write_seconds + wires.start_seconds
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What people type, what wins, and what they are told when it is wrong."""
 
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,8 +19,10 @@ from azr_async.__main__ import main as tools_main
 from azr_async.config import Config
 from azr_async.errors import AzrError, ConfigError
 from azr_async.programs.commandline import SHORT_NAMES, load, main, parse
+from azr_async.programs.folders import claimed_run_dir
 from azr_async.programs.preflight import Resumed, check
 from azr_async.programs.settings_help import setting_names
+from azr_async.programs.summary import how_to_go_on
 
 ROOT = Path(__file__).parents[2]
 
@@ -246,19 +249,44 @@ def test_resuming_from_nothing_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("left", ["", '{"step": 1}\n'])
 def test_a_run_that_ended_before_its_first_checkpoint_starts_anew_with_its_tasks(tmp_path: Path, left: str) -> None:
-    (tmp_path / "config.yaml").touch()
-    if left:
-        (tmp_path / "metrics.jsonl").write_text(left)
-        (tmp_path / "journal.sqlite").touch()
+    (tmp_path / "journal.sqlite").touch()
+    (tmp_path / "metrics.jsonl").write_text(left)
     assert check(Config(), output=None, resume=tmp_path) == Resumed(checkpoint=None, step=-1, run_dir=tmp_path)
 
 
 def test_a_run_that_has_lost_its_checkpoints_is_not_begun_anew(tmp_path: Path) -> None:
-    for name in ("config.yaml", "journal.sqlite"):
-        (tmp_path / name).touch()
+    (tmp_path / "journal.sqlite").touch()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n', encoding="utf-8")
     with pytest.raises(AzrError, match="no complete checkpoint"):
         check(Config(), output=None, resume=tmp_path)
+
+
+def test_a_damaged_line_is_no_reason_to_begin_anew(tmp_path: Path) -> None:
+    (tmp_path / "journal.sqlite").touch()
+    (tmp_path / "metrics.jsonl").write_text('{"st\x00\n', encoding="utf-8")
+    with pytest.raises(AzrError, match="no complete checkpoint"):
+        check(Config(), output=None, resume=tmp_path)
+
+
+def test_a_run_that_began_with_a_checkpoint_of_another_folder_goes_on_from_that(tmp_path: Path) -> None:
+    """Killed before its own first checkpoint, and even before its first line."""
+    checkpoint, branch = tmp_path / "kept" / "step-000005", tmp_path / "branch"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text('{"format": 1, "files": {}}')
+    claimed_run_dir(branch, Config(), checkpoint=checkpoint).close()
+    (branch / "journal.sqlite").touch()
+    assert check(Config(), output=None, resume=branch) == Resumed(checkpoint=checkpoint, step=5, run_dir=branch)
+    assert how_to_go_on(branch) == f"Go on with: python run.py --resume {branch}"
+    shutil.rmtree(checkpoint)
+    with pytest.raises(AzrError, match="step-000005"):
+        check(Config(), output=None, resume=branch)
+
+
+@pytest.mark.parametrize("left", [["logs"], ["config.yaml", "logs", "wires"]])
+def test_the_folder_of_a_run_that_was_killed_at_once_can_be_used_again(tmp_path: Path, left: list[str]) -> None:
+    for name in left:
+        (tmp_path / name).touch()
+    check(Config(), output=tmp_path, resume=None)
 
 
 def test_a_damaged_checkpoint_is_told_before_anything_starts(

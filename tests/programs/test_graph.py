@@ -9,6 +9,8 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+import pytest
+
 from azr_async.adapters.channels import MemoryReceiver, MemorySender, memory_channel
 from azr_async.adapters.engine_client import ScriptedEngine
 from azr_async.adapters.journal import SqliteJournal
@@ -208,6 +210,30 @@ async def test_a_learner_that_ends_before_it_began_ends_self_play(tmp_path: Path
     async with learner.requests:
         pass
     await self_play(never_begin, learner.requested, learner.replies, stop=asyncio.Event())
+
+
+async def test_what_comes_before_the_first_weights_counts_in_its_newest_form() -> None:
+    """The learner may lose self-play's wire between two of them and repeat itself."""
+    first, second = (Handover(incarnation=number, has_begun=False) for number in (1, 2))
+    begun: list[tuple[str, Handover | None]] = []
+
+    async def begin(version: int, state: str, handover: Handover | None) -> Parts:
+        begun.append((state, handover))
+        raise TimeoutError
+
+    for sent, expected in (
+        ((), ("", None)),
+        ((SelfPlayState(version=3, state="a"),), ("a", None)),
+        ((SelfPlayState(version=3, state="a"), first, SelfPlayState(version=3, state="b")), ("b", first)),
+        ((first, second), ("", second)),
+        ((SelfPlayState(version=3, state="a"), first), ("", first)),
+    ):
+        learner = ScriptedLearner()
+        for message in (*sent, WeightsReady(version=3, workers={}, max_lag=1)):
+            await learner.requests.send(message)
+        with pytest.raises(TimeoutError):
+            await self_play(begin, learner.requested, learner.replies, stop=asyncio.Event())
+        assert begun.pop() == expected
 
 
 async def test_rewards_follow_the_judge_and_learnability(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from azr_async.config import Config, WiresConfig
+from azr_async.errors import ConfigError
 from azr_async.programs.folders import WIRES_PREFIX, claimed_run_dir, private_wires_dir
 from azr_async.programs.launcher import Crew
 from azr_async.programs.supervision import back_off
@@ -153,9 +154,9 @@ def test_a_failing_program_is_named_with_its_own_words_and_its_log(start: Callab
     run = start({"inference-0": body, "learner-0": FOREVER, "selfplay": UNTIL_TOLD})
     status, _, err = run.end()
     assert status == 1
-    assert err == (
-        f"inference-0 failed: the engine has no oil. Pour some in.\nIts log: {run.run_dir}/logs/inference-0.log\n"
-        f"Go on with: python run.py --resume {run.run_dir}\n"
+    assert (
+        err
+        == f"inference-0 failed: the engine has no oil. Pour some in.\nIts log: {run.run_dir}/logs/inference-0.log\n"
     )
     assert_nothing_is_left(run)
 
@@ -341,7 +342,7 @@ def test_a_learner_that_cannot_finish_in_time_is_killed(start: Callable[..., Run
     status, out, err = run.end()
     assert status == 130
     assert err.startswith("learner-0 did not finish and was killed: the last step was not saved.")
-    assert f"Go on with: python run.py --resume {run.run_dir}" in out
+    assert "No checkpoint was written; the same command starts again." in out
     assert_nothing_is_left(run)
 
 
@@ -435,6 +436,17 @@ def test_a_run_that_branches_off_takes_its_history_along(tmp_path: Path) -> None
     assert (new / "metrics.jsonl").read_text() == '{"step": 1}\n'
     with closing(sqlite3.connect(new / "journal.sqlite")) as journal:
         assert journal.execute("SELECT name FROM tasks").fetchall() == [("double",)]
+
+
+def test_the_settings_of_a_run_are_whole_at_every_moment(tmp_path: Path) -> None:
+    claimed_run_dir(tmp_path, Config(), None).close()
+    before = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "logs" / "config.yaml.draft").mkdir()  # cannot be written
+    with pytest.raises(ConfigError, match="cannot be written"):
+        claimed_run_dir(tmp_path, Config.model_validate({"run": {"seed": 9}}), None)
+    (tmp_path / "logs" / "config.yaml.draft").rmdir()
+    assert (tmp_path / "config.yaml").read_text() == before
+    claimed_run_dir(tmp_path, Config(), None).close()  # nobody holds it
 
 
 def test_every_process_carries_the_run_directory_in_its_command_line(tmp_path: Path) -> None:

@@ -83,6 +83,18 @@ def test_the_speeds_of_a_trace_are_found(run_dir: Run) -> None:
     assert (machine.cores, machine.pause_seconds) == (2, 0.01)
 
 
+def test_what_an_engine_did_before_the_steps_that_count_does_not(run_dir: Run) -> None:
+    folder = run_dir()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for one in lines:  # counters only grow: a slow beginning is in all of them
+        for name in ("step_seconds", "prefill_seconds"):
+            one["engines"]["pace"][name] += 1000.0
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    machine = read_trace(folder, cores=None).machine
+    assert machine.step_seconds == pytest.approx(STEP, rel=1e-3)
+    assert machine.prompt_seconds == pytest.approx(PROMPT)
+
+
 def test_the_work_of_a_trace_is_found(run_dir: Run) -> None:
     work = read_trace(run_dir(), cores=None).workload
     assert work.valid_rate == pytest.approx(0.85)

@@ -150,6 +150,23 @@ async def test_two_orders_at_once_get_two_numbers_and_two_gpus(tmp_path: Path) -
         }
 
 
+async def test_a_run_does_not_go_on_without_its_last_worker_although_that_was_a_newcomer(tmp_path: Path) -> None:
+    deadlines = Deadlines(start_seconds=60.0, stop_seconds=60.0, linger_seconds=1.0, grace_seconds=0.2)
+    sleeping = {"argv": ("sleep", "60"), "env": os.environ, "log_path": tmp_path / "log"}
+    learner = ProgramSpec(name="learner-0", ends_the_run=True, **sleeping)
+    supervisor = Supervisor([learner, ProgramSpec(name="inference-0", **sleeping)], deadlines)
+    supervisor.is_under_way = True
+    running = asyncio.ensure_future(supervisor.run())
+    for name in supervisor.states():
+        supervisor.heard_of(name)
+    await asyncio.sleep(0)
+    supervisor.remove("inference-0")
+    supervisor.add(ProgramSpec(name="inference-1", **(sleeping | {"argv": ("sh", "-c", "exit 7")})))
+    end = await running
+    assert end.kind == "failed"
+    assert [(one.name, one.status) for one in end.programs if not one.was_told] == [("inference-1", 7)]
+
+
 async def test_a_run_goes_on_without_a_newcomer_that_cannot_start(tmp_path: Path) -> None:
     async with two_workers(tmp_path, newcomer="exit 7") as (workforce, left):
         await workforce.carry_out(WorkersOrder(add=1))
