@@ -24,7 +24,8 @@ from azr_async.config import SandboxConfig
 from azr_async.errors import CheckpointError, SandboxError
 from azr_async.messages import Attempt, Challenge, Completion, GenerateJob, Judged, Pair, Problem, Task
 from azr_async.ports import Dialogue, Sandbox
-from azr_async.programs.execute import limit_options, open_sandbox, whole_number
+from azr_async.programs.arguments import whole_number
+from azr_async.programs.execute import limit_options, open_sandbox
 from azr_async.programs.jsonl import InputError, run_tool
 from azr_async.programs.parts import channel
 from azr_async.stages.verify import verify

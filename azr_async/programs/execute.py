@@ -7,7 +7,7 @@ Out: `{"id", "status", "value", "error", "wall_ms"}`, in the order of the input,
 import argparse
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -16,6 +16,7 @@ from azr_async.adapters.sandbox.crew import Require
 from azr_async.adapters.sandbox.pool import DEFAULT_IMPORTS, SandboxPool
 from azr_async.config import SandboxConfig
 from azr_async.errors import SandboxError
+from azr_async.programs.arguments import whole_number
 from azr_async.programs.jsonl import Row, answer_lines, run_tool, text_field
 
 MOST_SECONDS: Final = 86_400
@@ -140,18 +141,6 @@ async def _explain(options: argparse.Namespace) -> int:
         print(f"strict: refuses to start. {error}")
         return 1
     return 0
-
-
-def whole_number(least: int, most: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number."""
-
-    def parse(text: str) -> int:
-        number = int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else -1
-        if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
-        return number
-
-    return parse
 
 
 def _seconds(text: str) -> float:

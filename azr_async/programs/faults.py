@@ -20,8 +20,8 @@ from rich.console import Console
 from azr_async.algorithm.fault_schedule import KINDS, Kind, Plan, plan
 from azr_async.config import Config
 from azr_async.errors import AzrError, ConfigError
+from azr_async.programs.arguments import whole_number
 from azr_async.programs.commandline import load, parse
-from azr_async.programs.execute import whole_number
 from azr_async.programs.fault_run import Story, play
 from azr_async.programs.fault_table import inflicted, report, table
 from azr_async.programs.folders import new_run_dir
@@ -55,7 +55,6 @@ SCHEDULED: Final = frozenset(
     }
 )
 """Settings that each run draws for itself."""
-MANY: Final = 1_000_000
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -130,17 +129,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Every further --section.field VALUE is a setting of the runs.",
         allow_abbrev=False,
     )
-    parser.add_argument("--faults", type=whole_number(1, MANY), default=30, help="how many to inflict [30]")
+    parser.add_argument("--faults", type=whole_number(1), default=30, help="how many to inflict [30]")
+    parser.add_argument("--runs", type=whole_number(1), default=0, help="how many runs, instead of a number of faults")
     parser.add_argument(
-        "--runs", type=whole_number(1, MANY), default=0, help="how many runs, instead of a number of faults"
+        "--first-run", type=whole_number(0), default=0, help="number of the first run, to repeat one [0]"
     )
-    parser.add_argument(
-        "--first-run", type=whole_number(0, MANY), default=0, help="number of the first run, to repeat one [0]"
-    )
-    parser.add_argument("--per-run", type=whole_number(1, MANY), default=3, help="faults of one run [3]")
+    parser.add_argument("--per-run", type=whole_number(1), default=3, help="faults of one run [3]")
     parser.add_argument("--seed", type=int, default=0, help="of the schedule [0]")
     parser.add_argument("--kinds", type=_kinds, default=KINDS, help=f"some of {','.join(KINDS)} [all]")
-    parser.add_argument("--steps", type=whole_number(1, MANY), default=60, help="of each run [60]")
+    parser.add_argument("--steps", type=whole_number(1), default=60, help="of each run [60]")
     parser.add_argument("--output", type=Path, help="empty folder for runs and faults.json [runs/<time>-faults]")
     parser.add_argument("--keep-runs", action="store_true", help="keep the folders of runs in which all held as well")
     return parser

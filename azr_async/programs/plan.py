@@ -14,11 +14,10 @@ from rich.table import Table
 
 from azr_async.algorithm.simulation import Machine, Workload, simulate
 from azr_async.errors import AzrError, ConfigError
-from azr_async.programs.execute import whole_number
+from azr_async.programs.arguments import whole_number
 from azr_async.programs.trace import FIRST_STEPS, Trace, read_trace
 
 LAGS: Final = (0, 1, 2, 4, 8)
-MANY: Final = 1_000_000
 ENOUGH: Final = 0.02
 """Plans that differ by less are equal, and the one with the younger data is recommended."""
 
@@ -197,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    cores, count = os.cpu_count() or 1, whole_number(1, MANY)
+    cores, count = os.cpu_count() or 1, whole_number(1)
     option = parser.add_argument
     option("--trace", type=Path, required=True, metavar="RUN_DIR", help="folder of the run to learn from")
     option("--gpus", type=count, metavar="N", help="GPUs to split; left out: the machine of the trace, without GPUs")
@@ -210,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--solve-samples", type=count, metavar="N", help="other flow.solve_samples than the trace")
     option(
         "--steps",
-        type=whole_number(FIRST_STEPS + 1, MANY),
+        type=whole_number(FIRST_STEPS + 1),
         default=40,
         help=f"length of the model run, of which {FIRST_STEPS} do not count [40]",
     )

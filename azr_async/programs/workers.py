@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from azr_async.errors import AzrError
-from azr_async.programs.execute import whole_number
+from azr_async.programs.arguments import whole_number
 from azr_async.programs.mailbox import MOST_WORKERS, WorkersOrder, ask
 from azr_async.programs.wiring import EXIT_DONE, EXIT_USAGE
 

@@ -157,7 +157,7 @@ async def test_where_no_wall_holds_a_program_it_is_charged_with_its_own_death(mo
     assert (outcome.status, outcome.limit) == ("memory", "memory")
 
 
-async def test_a_zygote_that_can_fork_no_more_says_so() -> None:
+async def test_a_report_of_no_child_is_told_with_its_reason() -> None:
     report = REPORT.pack(NO_FORK, errno.EAGAIN, 0, 0, 0)
     async with sandbox() as pool, pool._crew._lanes[0].member() as slot:
         assert slot._why_not_begun(report, 10, LIMITS) == (
