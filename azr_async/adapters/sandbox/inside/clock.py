@@ -5,19 +5,19 @@ import time
 from typing import Final
 
 _DAY: Final = 86_400
-_SHIFTS: Final = (
+SECONDS_AHEAD: Final = (
     0,
-    1009 * _DAY + 12 * 3600 + 61,  # other half of the day, other day of the week, other parity of minute and second
-    2023 * _DAY + 7 * 3600 + 122,
-    2744 * _DAY + 17 * 3600 + 1807,
-    3391 * _DAY + 5 * 3600 + 961,
+    1009 * _DAY + 12 * 3600,  # other half of the day, other day of the week, other year
+    2023 * _DAY + 7 * 3600,  # other parity of the hour, at every minute: whole hours carry nothing
+    2744 * _DAY + 17 * 3600 + 31 * 60,  # other parity of the minute
+    3391 * _DAY + 5 * 3600 + 16 * 60 + 1,  # other parity of the second
 )
-"""Seconds by flavour. A pair of shifts may leave some field of a date alone; all of them together leave none."""
+"""By flavour. Whatever the time is, one of them gives another value to each field of a date, and to its parity."""
 
 
 def shift_clock(flavour: int) -> None:
     """Move what `time` and `datetime` call now. Before `datetime` is imported: its C version cannot be moved."""
-    seconds_ahead = _SHIFTS[flavour % len(_SHIFTS)]
+    seconds_ahead = SECONDS_AHEAD[flavour % len(SECONDS_AHEAD)]
     sys.modules["_datetime"] = None  # type: ignore[assignment]  # the pure Python version asks `time.time`
     now, gmtime, localtime, strftime = time.time, time.gmtime, time.localtime, time.strftime
 
