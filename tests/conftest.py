@@ -1,12 +1,17 @@
-"""`async def test_...` runs on uvloop under a deadline; every test leaves its loop empty."""
+"""`async def test_...` runs on uvloop under a deadline, every test leaves its loop empty, and whole runs are ended."""
 
 import asyncio
 import inspect
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import uvloop
 from hypothesis import settings
 
+ROOT = Path(__file__).parent.parent
 DEADLINE_SECONDS = 60.0
 
 settings.register_profile("steady", deadline=None)  # the first call into a library takes its time
@@ -28,3 +33,20 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
     uvloop.run(run())
     return True
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Starts runs, and ends what a failed test has left of them; their programs die with their launcher."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start_run(*options: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "run.py", *options]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield start_run
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_end_to_end import SMALL, Start, lines, processes_of, start  # noqa: F401 - a fixture
+from tests.test_end_to_end import SMALL, Start, lines, processes_of
 
 pytestmark = [
     pytest.mark.vllm,
@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 
-def test_vllm_streams_takes_weights_in_flight_and_leaves_nothing(tmp_path: Path, start: Start) -> None:  # noqa: F811
+def test_vllm_streams_takes_weights_in_flight_and_leaves_nothing(tmp_path: Path, start: Start) -> None:
     output = tmp_path / "run"
     process = start(
         *("--output", str(output), *SMALL, "--engine", "vllm", "--steps", "4", "--max-lag", "1"),
@@ -32,7 +32,7 @@ def test_vllm_streams_takes_weights_in_flight_and_leaves_nothing(tmp_path: Path,
     assert processes_of(output) == []
 
 
-def test_vllms_processes_do_not_outlive_their_worker(tmp_path: Path, start: Start) -> None:  # noqa: F811
+def test_vllms_processes_do_not_outlive_their_worker(tmp_path: Path, start: Start) -> None:
     output = tmp_path / "run"
     process = start(
         *("--output", str(output), *SMALL, "--engine", "vllm", "--steps", "100", "--evaluation.suite", "none"),

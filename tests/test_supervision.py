@@ -1,13 +1,12 @@
 """Whole runs of which programs are lost, hang, come and go: the run goes on, or ends by name and can be continued."""
 
-import json
 import os
 import signal
 import sqlite3
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,26 +15,11 @@ import pytest
 from azr_async.__main__ import main as tools
 from tests.test_end_to_end import SMALL, Start, _logs, lines, processes_of, victim_of
 
-ROOT = Path(__file__).parent.parent
 SAMPLES_PER_STEP = 3 * (2 + 8)
-QUICK = ("--evaluation.suite", "none", "--checkpoint.every-steps", "4", "--wires.heartbeat-seconds", "0.5")
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts runs, and ends what a failed test has left of them."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start_run(*options: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "run.py", *SMALL, *QUICK, *options]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        started.append(process)
-        return process
-
-    yield start_run
-    for process in started:
-        process.kill()
-        process.communicate()
+QUICK = (
+    *SMALL,
+    *("--evaluation.suite", "none", "--checkpoint.every-steps", "4", "--wires.heartbeat-seconds", "0.5"),
+)
 
 
 def at_steps(process: "subprocess.Popen[str]", deeds: dict[int, Callable[[], object]]) -> str:
@@ -63,18 +47,34 @@ def assert_whole(output: Path, steps: int, *, max_lag: int) -> None:
     assert processes_of(output) == []
 
 
-def test_self_play_is_lost_twice_and_goes_on_from_its_journal(tmp_path: Path, start: Start) -> None:
+def kill(output: Path, program: str) -> None:
+    victim_of(output, program).kill()
+
+
+def kill_sandbox(output: Path) -> None:
+    for child in victim_of(output, "selfplay").children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def test_self_play_and_its_sandbox_are_lost_twice_and_go_on_from_the_journal(tmp_path: Path, start: Start) -> None:
     output, found = tmp_path / "run", list[tuple[object, ...]]()
 
-    def kill() -> None:
-        victim_of(output, "selfplay").kill()
+    def lose() -> None:
+        kill(output, "selfplay")
         found.extend(rows(output, "SELECT id, program FROM tasks"))
 
-    process = start("--output", str(output), "--steps", "12", "--max-lag", "1", "--inference-workers", "2")
-    workers: list[int] = []
+    process = start(
+        *("--output", str(output), *QUICK, "--steps", "12", "--max-lag", "1", "--inference-workers", "2"),
+    )
     text = at_steps(
         process,
-        {3: kill, 5: lambda: workers.append(victim_of(output, "inference-0").pid), 8: kill},
+        {
+            2: partial(kill_sandbox, output),
+            3: lose,
+            6: partial(kill_sandbox, output),
+            8: lose,
+        },
     )
     assert process.wait(60) == 0, _logs(output)
     assert_whole(output, 12, max_lag=1)
@@ -88,7 +88,7 @@ def test_self_play_is_lost_twice_and_goes_on_from_its_journal(tmp_path: Path, st
 def test_a_self_play_that_hangs_is_killed_and_another_one_goes_on(tmp_path: Path, start: Start) -> None:
     output = tmp_path / "run"
     process = start(
-        *("--output", str(output), "--steps", "8", "--max-lag", "2", "--wires.peer-timeout-seconds", "6"),
+        *("--output", str(output), *QUICK, "--steps", "8", "--max-lag", "2", "--wires.peer-timeout-seconds", "6"),
     )
     text = at_steps(process, {3: lambda: os.kill(victim_of(output, "selfplay").pid, signal.SIGSTOP)})
     assert process.wait(60) == 0, _logs(output)
@@ -96,31 +96,27 @@ def test_a_self_play_that_hangs_is_killed_and_another_one_goes_on(tmp_path: Path
     assert "selfplay had not answered for wires.peer_timeout_seconds, so it was killed." in text
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_the_loss_of_a_learner_rank_ends_the_run_and_one_command_goes_on(
-    tmp_path: Path, rank: int, start: Start
-) -> None:
+def test_the_loss_of_any_learner_rank_ends_the_run_and_one_command_goes_on(tmp_path: Path, start: Start) -> None:
     output = tmp_path / "run"
-    process = start("--output", str(output), "--steps", "8", "--max-lag", "1", "--learner-ranks", "2")
-    at_steps(process, {6: lambda: victim_of(output, f"learner-{rank}").kill()})
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert f"learner-{rank} was killed by SIGKILL." in error
     checkpoint = output / "checkpoints" / "step-000004"
-    assert f"Go on with: python run.py --resume {checkpoint}" in error
-    assert processes_of(output) == []
-    resumed = subprocess.run(
-        [sys.executable, "run.py", "--resume", str(checkpoint)], cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    assert_whole(output, 8, max_lag=1)
+    options = ("--output", str(output), *QUICK, "--steps", "8", "--max-lag", "1", "--learner-ranks", "2")
+    for rank in (0, 1):
+        process = start(*options)
+        at_steps(process, {6: partial(kill, output, f"learner-{rank}")})
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert f"learner-{rank} was killed by SIGKILL." in error
+        assert f"Go on with: python run.py --resume {checkpoint}" in error
+        assert processes_of(output) == []
+        options = ("--resume", str(checkpoint))
+    assert [line["step"] for line in lines(output)][:6] == [1, 2, 3, 4, 5, 6]  # so far from step 4 in the second start
 
 
 def test_workers_are_added_and_removed_while_the_run_goes_on(
     tmp_path: Path, start: Start, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
-    process = start("--output", str(output), "--steps", "5000", "--max-lag", "1")
+    process = start("--output", str(output), *QUICK, "--steps", "5000", "--max-lag", "1")
 
     def order(*options: str) -> int:
         return tools(["workers", str(output), *options])
@@ -149,20 +145,3 @@ def test_workers_are_added_and_removed_while_the_run_goes_on(
     assert processes_of(output) == []
     assert order("--add", "1") == 2
     assert "no run is going on in" in capsys.readouterr().err
-
-
-def test_the_sandbox_of_a_run_is_killed_again_and_again(tmp_path: Path, start: Start) -> None:
-    output = tmp_path / "run"
-
-    def kill() -> None:
-        for child in victim_of(output, "selfplay").children(recursive=True):
-            try:
-                child.kill()
-            except psutil.NoSuchProcess:
-                continue
-
-    process = start("--output", str(output), "--steps", "8", "--max-lag", "1")
-    at_steps(process, {2: kill, 4: kill, 6: kill})
-    assert process.wait(60) == 0, _logs(output)
-    assert_whole(output, 8, max_lag=1)
-    assert json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 8

@@ -267,15 +267,15 @@ def test_no_run_goes_on_from_before_what_was_summed_up() -> None:
 def test_the_file_stops_growing_when_old_steps_are_summed_up(tmp_path: Path) -> None:
     path, sizes = tmp_path / "journal.sqlite", []
     with SqliteJournal(path) as journal:
-        for step in range(1, 241):
-            groups = [group(number, step - 1) for number in range(100 * step, 100 * step + 100)]
+        for step in range(1, 121):
+            groups = [group(number, step - 1) for number in range(60 * step, 60 * step + 60)]
             closed = Entry(version=step - 1, stage="trained", reward=0.5, step=step)
             journal.record(Changes(groups=groups, samples={s: closed for one in groups for s in samples_of(one)}))
-            if step % 40 == 0:
-                journal.sum_up(step - 40)
+            if step % 20 == 0:
+                journal.sum_up(step - 20)
                 finish(journal)
                 sizes.append(path.stat().st_size)
-        assert sum(journal.sums().values()) == 240 * 300
+        assert sum(journal.sums().values()) == 120 * 180
     assert sizes[-1] < 1.2 * sizes[2]
 
 

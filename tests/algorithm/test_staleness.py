@@ -213,13 +213,13 @@ class ChangingDroppingFlow(DroppingFlow, ChangingFlow):
 TestWaitingFlow = WaitingFlow.TestCase
 TestWaitingFlow.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 TestWaitingFlowOfOneCellPair = WaitingFlowOfOneCellPair.TestCase
-TestWaitingFlowOfOneCellPair.settings = settings(max_examples=400, stateful_step_count=50, deadline=None)
+TestWaitingFlowOfOneCellPair.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 TestDroppingFlow = DroppingFlow.TestCase
 TestDroppingFlow.settings = settings(max_examples=50, stateful_step_count=50, deadline=None)
 TestChangingFlow = ChangingFlow.TestCase
 TestChangingFlow.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 TestChangingFlowOfOneCellPair = ChangingFlowOfOneCellPair.TestCase
-TestChangingFlowOfOneCellPair.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestChangingFlowOfOneCellPair.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 TestChangingFlowThatIsFilledFromTheLibrary = ChangingFlowThatIsFilledFromTheLibrary.TestCase
 TestChangingFlowThatIsFilledFromTheLibrary.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 TestChangingDroppingFlow = ChangingDroppingFlow.TestCase
