@@ -17,11 +17,11 @@ from azr_async.adapters.journal.statements import (
     DROP_PARTS,
     ROLL_BACK,
     TAKE_OVER,
-    USE_TASK,
     admission_of,
     ids_of,
     problem_of,
     record,
+    use,
 )
 from azr_async.adapters.journal.writer import END_SECONDS, Work, Writer
 from azr_async.algorithm.ledger import Changes, Entry, SampleId, Stage
@@ -82,19 +82,9 @@ class SqliteJournal:
 
     def note_use(self, tasks: Iterable[KnownTask]) -> None:
         """Write down how tasks have been used so far, within a moment."""
-        rows = [
-            (
-                task.use.draws,
-                task.use.attempts,
-                task.use.successes,
-                task.use.reward,
-                task.use.last_use,
-                task_key(task.problem),
-            )
-            for task in tasks
-        ]
-        if rows:
-            self._writer.put(lambda connection: connection.executemany(USE_TASK, rows), is_awaited=False)
+        used = list(tasks)
+        if used:
+            self._writer.put(lambda connection: use(connection, used), is_awaited=False)
 
     async def flush(self) -> None:
         """Return when all that was written before is on the disk."""

@@ -2,25 +2,36 @@
 
 import json
 import sqlite3
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from azr_async.algorithm.ledger import Changes, closed_twice
+from azr_async.algorithm.library import KnownTask, task_key
 from azr_async.messages import Admission, Pair, Problem, Task
 
 ADD_TASK: Final = """
 INSERT INTO tasks (task, program, pairs, shown, message, version, key, group_id, parents)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING"""
-_ADD_GROUP: Final = """
-INSERT INTO groups (id, task, is_proposal, attempts, version) SELECT ?1, ?2, ?3, ?4, ?5
-WHERE NOT EXISTS (SELECT 1 FROM closed WHERE task = ?2 AND is_proposal = ?3 AND newest >= ?1) ON CONFLICT DO NOTHING"""
-_PUT_SAMPLE: Final = """
-INSERT INTO samples (group_id, role, number, version, stage, reward, step, reason) SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8
-WHERE EXISTS (SELECT 1 FROM groups WHERE id = ?1)
+_ADD_GROUPS: Final = """
+INSERT INTO groups (id, task, is_proposal, attempts, version)
+WITH given (id, task, is_proposal, attempts, version) AS (VALUES {rows}) SELECT * FROM given
+WHERE NOT EXISTS (
+    SELECT 1 FROM closed WHERE task = given.task AND is_proposal = given.is_proposal AND newest >= given.id
+) ON CONFLICT DO NOTHING"""
+_PUT_SAMPLES: Final = """
+INSERT INTO samples (group_id, role, number, version, stage, reward, step, reason)
+WITH given (group_id, role, number, version, stage, reward, step, reason) AS (VALUES {rows}) SELECT * FROM given
+WHERE EXISTS (SELECT 1 FROM groups WHERE id = given.group_id)
 ON CONFLICT DO UPDATE SET version = excluded.version, stage = excluded.stage, reward = excluded.reward,
     step = excluded.step, reason = excluded.reason
 WHERE stage NOT IN ('trained', 'dropped')"""
-USE_TASK: Final = """
-UPDATE tasks SET draws = ?, attempts = ?, successes = ?, reward = ?, last_use = ? WHERE key = ?"""
+_USE_TASKS: Final = """
+WITH given (draws, attempts, successes, reward, last_use, key) AS (VALUES {rows})
+UPDATE tasks SET (draws, attempts, successes, reward, last_use) = (
+    SELECT draws, attempts, successes, reward, last_use FROM given WHERE given.key = tasks.key
+) WHERE key IN (SELECT key FROM given)"""
+_ROWS_AT_ONCE: Final = 64
+"""SQLite takes at least 999 parameters."""
 ROLL_BACK: Final = (
     "DELETE FROM samples WHERE version >= :version",
     "DELETE FROM groups WHERE version >= :version",
@@ -47,8 +58,9 @@ def record(connection: sqlite3.Connection, changes: Changes) -> None:
 
     Raises TrainingError when a sample is closed.
     """
-    connection.executemany(
-        _ADD_GROUP,
+    _execute(
+        connection,
+        _ADD_GROUPS,
         [
             (group.group_id, group.task, group.is_proposal, group.trained_attempts, group.version)
             for group in changes.groups
@@ -58,8 +70,38 @@ def record(connection: sqlite3.Connection, changes: Changes) -> None:
         (*sample, entry.version, entry.stage, entry.reward, entry.step, entry.reason)
         for sample, entry in changes.samples.items()
     ]
-    if connection.executemany(_PUT_SAMPLE, rows).rowcount < len(rows):
+    if _execute(connection, _PUT_SAMPLES, rows) < len(rows):
         raise closed_twice("a sample")
+
+
+def use(connection: sqlite3.Connection, tasks: Iterable[KnownTask]) -> None:
+    """How these tasks have been used so far."""
+    rows = [
+        (
+            task.use.draws,
+            task.use.attempts,
+            task.use.successes,
+            task.use.reward,
+            task.use.last_use,
+            task_key(task.problem),
+        )
+        for task in tasks
+    ]
+    _execute(connection, _USE_TASKS, rows)
+
+
+def _execute(connection: sqlite3.Connection, statement: str, rows: Sequence[tuple[object, ...]]) -> int:
+    """Execute it with all rows; returns how many rows of the table it changed.
+
+    Many rows are one step of SQLite: between two steps, as `executemany` makes one for each row, another thread that is
+    busy keeps Python to itself for 5 ms.
+    """
+    changed = 0
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = rows[start : start + _ROWS_AT_ONCE]
+        marks = ", ".join([f"({', '.join('?' * len(part[0]))})"] * len(part))
+        changed += connection.execute(statement.format(rows=marks), [value for row in part for value in row]).rowcount
+    return changed
 
 
 def ids_of(connection: sqlite3.Connection, keys: list[bytes]) -> list[int]:
