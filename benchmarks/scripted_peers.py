@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 import uvloop
 
-from azr_async.adapters.channels import ZmqReceiver, ZmqSender, zmq_receiver, zmq_sender
+from azr_async.adapters.channels import ZmqContext, ZmqReceiver, ZmqSender, shared_context, zmq_receiver, zmq_sender
 from azr_async.adapters.engines.gate import Gate
 from azr_async.algorithm.staleness import lag_of
 from azr_async.config import Config
@@ -187,9 +187,10 @@ def _host(
     config = Config.model_validate_json(config_json)
 
     async def serve_all() -> None:
-        async with asyncio.TaskGroup() as group:
+        async with shared_context() as context, asyncio.TaskGroup() as group:
             for index in indices:
-                group.create_task(_Worker(config, index, script, version).serve(wires_dir), name=worker_name(index))
+                worker = _Worker(config, index, script, version)
+                group.create_task(worker.serve(wires_dir, context), name=worker_name(index))
 
     uvloop.run(serve_all())
 
@@ -204,8 +205,8 @@ class _Worker:
         self._busy_seconds, self._tokens = 0.0, 0
         self._prompt_ids = np.arange(script.prompt_tokens, dtype=np.int32)
 
-    async def serve(self, wires_dir: Path) -> None:
-        """Take jobs until self-play has closed."""
+    async def serve(self, wires_dir: Path, context: ZmqContext) -> None:
+        """Take jobs until self-play has closed. `context` is that of all workers of this process."""
         jobs: ZmqReceiver[GenerateJob | CancelJob] = zmq_receiver(
             endpoint(self._config, wires_dir, f"{self._name}-jobs"),
             (GenerateJob, CancelJob),
@@ -219,6 +220,7 @@ class _Worker:
             peer="selfplay",
             peer_timeout_seconds=self._config.wires.peer_timeout_seconds,
             connect_seconds=BATCH_SECONDS,
+            context=context,
         )
         slots, sampling = self._config.engine.slots, set[asyncio.Task[None]]()
         async with jobs, results, asyncio.TaskGroup() as group:

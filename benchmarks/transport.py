@@ -36,7 +36,7 @@ from scripted_peers import SPAWN, Script, Step, scripted_learner, scripted_worke
 from transport_floors import FLOORS, Meter, rollout_bytes
 from whole_runs import write_json
 
-from azr_async.adapters.channels import ZmqReceiver, ZmqSender, zmq_receiver, zmq_sender
+from azr_async.adapters.channels import ZmqReceiver, ZmqSender, shared_context, zmq_receiver, zmq_sender
 from azr_async.adapters.engine_client import RemoteEngines
 from azr_async.config import Config
 from azr_async.messages import CancelJob, GenerateJob, GenerationResults, Prompt, WorkerReady
@@ -161,9 +161,10 @@ async def _ask(config: Config, wires_dir: Path, meter: Meter) -> dict[str, Any]:
                     over.set()
 
     def connect(ready: WorkerReady) -> ZmqSender[GenerateJob | CancelJob]:
-        return zmq_sender(ready.endpoint, name="selfplay", peer=ready.worker, connect_seconds=RECEIVER_SECONDS)
+        seconds = RECEIVER_SECONDS
+        return zmq_sender(ready.endpoint, name="selfplay", peer=ready.worker, connect_seconds=seconds, context=context)
 
-    async with results, asyncio.TaskGroup() as group:
+    async with results, shared_context() as context, asyncio.TaskGroup() as group:
         engines = RemoteEngines(
             results,
             connect,

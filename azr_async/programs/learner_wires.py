@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from azr_async.adapters.channels import ZmqReceiver, ZmqSender, zmq_receiver, zmq_sender
+from azr_async.adapters.channels import ZmqContext, ZmqReceiver, ZmqSender, shared_context, zmq_receiver, zmq_sender
 from azr_async.config import Config
 from azr_async.errors import PeerVanished
 from azr_async.messages import (
@@ -172,7 +172,7 @@ async def open_wires(config: Config, wires_dir: Path, name: str, stop: asyncio.E
     `stop` was set before they were there.
     """
 
-    def connect(address: str, peer: str) -> ZmqSender[M]:
+    def connect(address: str, peer: str, context: ZmqContext | None = None) -> ZmqSender[M]:
         return zmq_sender(
             address,
             name=name,
@@ -180,17 +180,18 @@ async def open_wires(config: Config, wires_dir: Path, name: str, stop: asyncio.E
             heartbeat_seconds=config.wires.heartbeat_seconds,
             peer_timeout_seconds=config.wires.peer_timeout_seconds,
             connect_seconds=config.wires.start_seconds,
+            context=context,
         )
 
     def connect_worker(ready: WorkerReady) -> ZmqSender[PushWeights | JoinWeights]:
-        return connect(endpoint(config, wires_dir, f"{ready.worker}-push"), ready.worker)
+        return connect(endpoint(config, wires_dir, f"{ready.worker}-push"), ready.worker, context)
 
     def connect_selfplay() -> ZmqSender[ToSelfPlay]:
         return connect(endpoint(config, wires_dir, "selfplay-requests"), "selfplay")
 
     inbox = Inbox()
     batches, answers = _batches(config, wires_dir), _answers(config, wires_dir)
-    async with batches, answers, asyncio.TaskGroup() as group:
+    async with shared_context() as context, batches, answers, asyncio.TaskGroup() as group:
         roster = Roster(connect_worker, group, on_change=inbox.wake)
         link = Link(connect_selfplay, on_lost=inbox.hold, on_found=inbox.release)
         readers = [

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from azr_async.adapters.channels import ZmqReceiver, ZmqSender, zmq_receiver, zmq_sender
+from azr_async.adapters.channels import ZmqContext, ZmqReceiver, ZmqSender, shared_context, zmq_receiver, zmq_sender
 from azr_async.adapters.engine_client import RemoteEngines
 from azr_async.adapters.journal import SqliteJournal
 from azr_async.adapters.processor_time import children_seconds
@@ -45,6 +45,7 @@ from azr_async.starter.suite import STARTER_SUITE, load_suite
 log = logging.getLogger(__name__)
 
 JOURNAL_FILE = "journal.sqlite"
+Results = ZmqReceiver[GenerationResults | WorkerReady]
 
 
 def main() -> int:
@@ -63,12 +64,13 @@ async def run(reporter: Reporter, *, config: Config, run_dir: Path, wires_dir: P
             _sandbox(config, run_dir) as sandbox,
             _results(config, wires_dir) as results,
             _requests(config, wires_dir) as requests,
+            shared_context() as context,
             asyncio.TaskGroup() as group,
         ):
             log.info("sandbox layers: %s", sandbox.layers)
             if sandbox.weakness:
                 log.warning(sandbox.weakness)
-            engines = _engines(config, wires_dir, results)
+            engines = _engines(config, results, context)
             group.create_task(engines.run(), name="engines")
             seeds = await _seeds(config, sandbox, suite)
 
@@ -222,7 +224,7 @@ def _notes(sandbox: SandboxPool) -> Mapping[str, str]:
     return layers | ({"sandbox.weakness": sandbox.weakness} if sandbox.weakness else {})
 
 
-def _engines(config: Config, wires_dir: Path, results: ZmqReceiver[GenerationResults | WorkerReady]) -> RemoteEngines:
+def _engines(config: Config, results: Results, context: ZmqContext) -> RemoteEngines:
     def connect(ready: WorkerReady) -> ZmqSender[GenerateJob | CancelJob]:
         return zmq_sender(
             ready.endpoint,
@@ -231,6 +233,7 @@ def _engines(config: Config, wires_dir: Path, results: ZmqReceiver[GenerationRes
             heartbeat_seconds=config.wires.heartbeat_seconds,
             peer_timeout_seconds=config.wires.peer_timeout_seconds,
             connect_seconds=config.wires.start_seconds,
+            context=context,
         )
 
     return RemoteEngines(
@@ -255,7 +258,7 @@ def _sandbox(config: Config, run_dir: Path) -> SandboxPool:
     )
 
 
-def _results(config: Config, wires_dir: Path) -> ZmqReceiver[GenerationResults | WorkerReady]:
+def _results(config: Config, wires_dir: Path) -> Results:
     return zmq_receiver(
         endpoint(config, wires_dir, "selfplay-results"),
         (GenerationResults, WorkerReady),

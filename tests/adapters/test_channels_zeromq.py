@@ -13,7 +13,16 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from azr_async.adapters.channels import ZmqReceiver, ZmqSender, protocol, wire, zmq_receiver, zmq_sender
+from azr_async.adapters.channels import (
+    ZmqContext,
+    ZmqReceiver,
+    ZmqSender,
+    protocol,
+    shared_context,
+    wire,
+    zmq_receiver,
+    zmq_sender,
+)
 from azr_async.adapters.channels.endpoints import LONGEST_IPC_PATH_BYTES
 from azr_async.errors import ChannelClosed, ConfigError, MessageError, PeerVanished
 from azr_async.messages import BatchRequest, Progress, WeightsReady
@@ -51,6 +60,7 @@ def sender_to(
     beat_seconds: float = BEAT_SECONDS,
     timeout_seconds: float = 10.0,
     connect_seconds: float = 10.0,
+    context: ZmqContext | None = None,
 ) -> ZmqSender[BatchRequest]:
     return zmq_sender(
         endpoint,
@@ -59,6 +69,7 @@ def sender_to(
         heartbeat_seconds=beat_seconds,
         peer_timeout_seconds=timeout_seconds,
         connect_seconds=connect_seconds,
+        context=context,
     )
 
 
@@ -223,6 +234,27 @@ async def replace_the_lost_one(receiver: ZmqReceiver[BatchRequest]) -> None:
     async with sender_to(receiver.endpoint, "heir") as heir:
         await heir.send(BatchRequest(version=3))
     assert [message.version async for message in receiver] == [3]
+
+
+async def test_many_senders_share_a_context_and_none_notices_that_another_leaves(tmp_path: Path) -> None:
+    workers = [receiver_at(f"ipc://{tmp_path}/{number}") for number in range(8)]
+    async with AsyncExitStack() as stack:
+        for worker in workers:
+            await stack.enter_async_context(worker)
+        context = await stack.enter_async_context(shared_context())
+        threads = threads_of_this_process()
+        async with sender_to(workers[0].endpoint, context=context) as stays:
+            for worker in workers[1:]:
+                async with sender_to(worker.endpoint, context=context) as sender:
+                    await sender.send(BatchRequest(version=1))
+                    assert threads_of_this_process() <= threads + 2
+                assert [message.version async for message in worker] == [1]
+            await stays.send(BatchRequest(version=2))
+            assert (await anext(workers[0])).version == 2
+
+
+def threads_of_this_process() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 @pytest.mark.parametrize("messages", [2, 1], ids=["waiting for credit", "leaving"])

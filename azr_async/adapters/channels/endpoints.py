@@ -5,7 +5,7 @@ import errno
 import ipaddress
 import socket as sockets
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +16,8 @@ from azr_async.errors import ConfigError
 
 LONGEST_IPC_PATH_BYTES: Final = 107
 """What a unix socket's address holds."""
+
+ZmqContext = zmq.asyncio.Context
 
 LINGER_MS: Final = 500
 """How long closing waits for bytes that the operating system has not taken yet."""
@@ -43,12 +45,31 @@ def checked_endpoint(endpoint: str) -> str:
 
 
 @asynccontextmanager
-async def open_socket(kind: int, endpoint: str) -> AsyncIterator[zmq.asyncio.Socket]:
-    """A socket with a context of its own: when this returns, its address is free again.
+async def shared_context() -> AsyncIterator[ZmqContext]:
+    """One ZeroMQ context for many sending ends, which have to be left before this one is.
+
+    Each context has two threads: with 256 of them, waking these costs more than what they carry.
+    """
+    context = zmq.asyncio.Context()
+    try:
+        yield context
+    finally:
+        await asyncio.to_thread(context.term)
+
+
+@asynccontextmanager
+async def open_socket(kind: int, endpoint: str, context: ZmqContext | None = None) -> AsyncIterator[zmq.asyncio.Socket]:
+    """A socket. With a context of its own, its address is free again when this returns.
 
     Queues are unlimited here because credits limit what can be in them.
     """
-    context = zmq.asyncio.Context()
+    async with shared_context() if context is None else nullcontext(context) as used:
+        with _open(used, kind, endpoint) as socket:
+            yield socket
+
+
+@contextmanager
+def _open(context: ZmqContext, kind: int, endpoint: str) -> Iterator[zmq.asyncio.Socket]:
     socket = context.socket(kind)
     try:
         socket.set(zmq.LINGER, LINGER_MS)
@@ -59,7 +80,6 @@ async def open_socket(kind: int, endpoint: str) -> AsyncIterator[zmq.asyncio.Soc
         yield socket
     finally:
         socket.close()
-        await asyncio.to_thread(context.term)
 
 
 @contextmanager

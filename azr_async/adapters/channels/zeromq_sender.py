@@ -8,7 +8,14 @@ import zmq
 import zmq.asyncio
 
 from azr_async.adapters.channels import protocol, wire
-from azr_async.adapters.channels.endpoints import broken, checked_endpoint, connection_news, open_socket, post
+from azr_async.adapters.channels.endpoints import (
+    ZmqContext,
+    broken,
+    checked_endpoint,
+    connection_news,
+    open_socket,
+    post,
+)
 from azr_async.errors import ChannelClosed, ConfigError, MessageError, PeerVanished
 from azr_async.messages import Message
 
@@ -26,6 +33,7 @@ def zmq_sender(
     heartbeat_seconds: float = 1.0,
     peer_timeout_seconds: float = 10.0,
     connect_seconds: float = 30.0,
+    context: ZmqContext | None = None,
 ) -> "ZmqSender[M]":
     """A sending end, connected when its `async with` is entered.
 
@@ -36,6 +44,7 @@ def zmq_sender(
         heartbeat_seconds: how often both ends say that they are alive.
         peer_timeout_seconds: silence after which the receiver counts as vanished.
         connect_seconds: how long entering waits for the receiver's first answer.
+        context: a `shared_context`, for a process that sends to many others.
     """
     if not protocol.is_name(name):
         limit = protocol.LONGEST_NAME_BYTES
@@ -47,6 +56,7 @@ def zmq_sender(
         heartbeat_seconds=heartbeat_seconds,
         peer_timeout_seconds=peer_timeout_seconds,
         connect_seconds=connect_seconds,
+        context=context,
     )
 
 
@@ -65,11 +75,13 @@ class ZmqSender(Generic[M]):
         heartbeat_seconds: float,
         peer_timeout_seconds: float,
         connect_seconds: float,
+        context: ZmqContext | None,
     ) -> None:
         self._endpoint, self._name, self._peer = endpoint, name, peer
         self._heartbeat_seconds = heartbeat_seconds
         self._peer_timeout_seconds = peer_timeout_seconds
         self._connect_seconds = connect_seconds
+        self._context = context
         self._life = AsyncExitStack()
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -112,7 +124,7 @@ class ZmqSender(Generic[M]):
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            self._socket = await stack.enter_async_context(open_socket(zmq.DEALER, self._endpoint))
+            self._socket = await stack.enter_async_context(open_socket(zmq.DEALER, self._endpoint, self._context))
             self._news = stack.enter_context(connection_news(self._socket))
             self._socket.connect(self._endpoint)
             tasks = asyncio.TaskGroup()
