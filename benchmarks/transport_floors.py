@@ -167,7 +167,8 @@ async def _serve_http(path: Path, seconds: float) -> dict[str, Any]:
     meter, over = Meter(seconds), asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
+        # Cancelled when all is over; asyncio's streams would print that as an error of each connection.
+        with suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             while not over.is_set():
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("ascii").split("\r\n")
                 headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
