@@ -1,10 +1,11 @@
 """How many programs per second does the sandbox run, and what would be the most that processes allow?
 
-Floors, measured in the same run: fork and wait alone (an empty child), a fresh interpreter per program - bare, which
-prints what a caller could not read without evaluating it, and one that does the sandbox's job and gives its result as
-JSON - and a loop that executes the programs in one process without any isolation. Then the sandbox at 1 to all cores:
-trivial programs, ten inputs of one program per call, two runs that must agree, programs that compute for 20 ms, and a
-mix in which every fiftieth program never ends. At last a soak: mixed programs by the thousand, and what is left.
+Floors, measured in the same run: fork and wait alone (an empty child), a fresh interpreter per program - as
+`python -c` starts it, the leanest one (`-I -S`), and the leanest one that gives its result as JSON, as a caller needs
+it that must not evaluate it - and a loop that executes the programs in one process without any isolation. Then the
+sandbox at 1 to all cores: trivial programs, ten inputs of one program per call, two runs that must agree, programs that
+compute for 20 ms, and a mix in which every fiftieth program never ends. At last a soak: mixed programs by the thousand,
+and what is left.
 
     python benchmarks/sandbox.py --output benchmarks/results/sandbox.json
 """
@@ -116,13 +117,18 @@ def forks(count: int) -> int:
     return count
 
 
-def fresh_interpreters(count: int, ending: str = "print(repr(f({input})))") -> int:
+def fresh_interpreters(count: int, ending: str = "print(repr(f({input})))", flags: Sequence[str] = ("-I", "-S")) -> int:
     """A new interpreter for every program, with nothing that slows its start."""
     count = max(10, count // 50)
     for number in range(count):
         program = f"{TRIVIAL[number % 4].format(n=number)}\n{ending.format(input=INPUT)}"
-        subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, check=True, timeout=60)
+        subprocess.run([sys.executable, *flags, "-c", program], capture_output=True, check=True, timeout=60)
     return count
+
+
+def usual_interpreters(count: int) -> int:
+    """The same, with what this environment has it import at its start."""
+    return fresh_interpreters(count, flags=())
 
 
 def fresh_interpreters_with_json(count: int) -> int:
@@ -141,6 +147,7 @@ def unisolated(count: int) -> int:
 
 FLOORS: dict[str, Callable[[int], int]] = {
     "fork and wait, empty child": forks,
+    "fresh interpreter, python -c": usual_interpreters,
     "fresh interpreter, bare": fresh_interpreters,
     "fresh interpreter, JSON": fresh_interpreters_with_json,
     "one process, no isolation": unisolated,
@@ -303,11 +310,20 @@ def _text(path: Path) -> str:
 
 def show(floors: dict[str, dict[str, float]], rows: list[Measured], soak: dict[str, float]) -> None:
     """Medians of the repeats, beside the floor of forking."""
-    beside = [
-        floors[name]["executions_per_second"]
-        for name in ("fork and wait, empty child", "fresh interpreter, bare", "fresh interpreter, JSON")
-    ]
-    columns = ("load", "workers", "runs/s", "x fork", "x bare", "x JSON", "p50 ms", "p99 ms", "CPU us", "parent us")
+    beside = [floors[name]["executions_per_second"] for name in list(FLOORS)[:4]]  # not the one without isolation
+    columns = (
+        "load",
+        "workers",
+        "runs/s",
+        "x fork",
+        "x -c",
+        "x bare",
+        "x JSON",
+        "p50 ms",
+        "p99 ms",
+        "CPU us",
+        "parent us",
+    )
     table = Table(*columns, title="sandbox, beside an empty fork and fresh interpreters")
     for name, floor in floors.items():
         rate, cpu = floor["executions_per_second"], floor["cpu_microseconds"]
