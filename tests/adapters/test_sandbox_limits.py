@@ -277,6 +277,20 @@ async def test_each_of_several_runs_has_another_seed_and_another_clock() -> None
     assert len(values) == FLAVOURS
 
 
+@pytest.mark.parametrize("start", ["os.fork()", "os.system('true')", "_thread.start_new_thread(print, ())"])
+async def test_behind_the_gate_too_who_starts_a_process_is_told_so(start: str) -> None:
+    pool = SandboxPool(workers=1, allowed_imports=("os", "_thread"))
+    async with pool:
+        (outcome,) = await pool.run(f"import os, _thread\ndef f(x):\n    return {start}", ["1"])
+    assert (outcome.status, outcome.limit) == ("blocked", "processes")
+
+
+async def test_the_environment_is_empty_of_the_hash_seed_too() -> None:
+    async with SandboxPool(workers=1, allowed_imports=("os",)) as pool:
+        (outcome,) = await pool.run("import os\ndef f(x):\n    return dict(os.environ)", ["1"], times=2)
+    assert (outcome.status, outcome.text) == ("ok", "{}")
+
+
 # ---------------------------------------------------------------- processes that do not start
 
 

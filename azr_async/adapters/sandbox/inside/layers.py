@@ -20,6 +20,8 @@ REQUEST_FD: Final = 4
 CONTROL_FD: Final = 5
 REPORT_FD: Final = 6
 
+real_fork: Final = os.fork
+"""`starters.py` puts another one in its place, for programs."""
 NOBODY: Final = 65_534
 OPEN_FILES: Final = 32
 _FILTERS: Final = FILTERS.get(os.uname().machine, {})
@@ -178,7 +180,7 @@ def _write_file(path: str, text: str) -> None:
 
 def _fork() -> int:
     try:
-        return os.fork()
+        return real_fork()
     except OSError as error:
         raise CannotFork(error.errno, error.strerror) from None
 
@@ -280,6 +282,7 @@ def _deny_files() -> str:
 def _look_at_environment() -> str:
     if unexpected := set(os.environ) - {"PYTHONHASHSEED", "LANG", "LC_CTYPE"}:
         raise Ineffective(f"holds {', '.join(sorted(unexpected))}")
+    os.environ.clear()  # Python has read these at its start; no program is to know its hash seed
     return "empty"
 
 

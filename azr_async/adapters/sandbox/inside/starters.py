@@ -3,15 +3,12 @@
 So the verdict can name the limit. That is a label and no layer: whoever goes another way is ended for a forbidden call.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from typing import Any, Final
 
 from azr_async.adapters.sandbox.inside.layers import RESULT_FD
 from azr_async.adapters.sandbox.inside.wire import NOTE, write_frame
-
-real_fork: Final = os.fork
 
 _STARTERS: Final = {
     "_thread": "start_new_thread start_new",
@@ -24,7 +21,7 @@ _STARTERS: Final = {
 
 
 def note_starters() -> None:
-    """Replace them in every module that is loaded, for this process and its forks; `real_fork` stays as it is."""
+    """Replace them in all modules that are loaded, for this process and its forks; `layers.real_fork` stays."""
     notes: list[bytes] = [NOTE]
     for name, functions in _STARTERS.items():
         module = sys.modules.get(name)

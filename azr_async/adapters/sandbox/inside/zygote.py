@@ -22,7 +22,7 @@ from azr_async.adapters.sandbox.inside.canaries import CANARY, attempts
 from azr_async.adapters.sandbox.inside.clock import shift_clock
 from azr_async.adapters.sandbox.inside.library import builtin_names, guard_library
 from azr_async.adapters.sandbox.inside.program import Namespace, Stage
-from azr_async.adapters.sandbox.inside.starters import note_starters, real_fork
+from azr_async.adapters.sandbox.inside.starters import note_starters
 from azr_async.adapters.sandbox.inside.wire import NO_FORK, ORDER, REPORT, SURE, read_frame, split_parts, write_frame
 
 STRAGGLER_SECONDS: Final = 0.2
@@ -64,6 +64,7 @@ def prepare(options: layers.Options) -> tuple[layers.Report, Callable[[], None]]
     if options["flavour"] > 0:
         shift_clock(options["flavour"])
     _import_what_programs_may_use(options["allowed_imports"])
+    note_starters()  # before programs get facades of these modules
     guarded_names = builtin_names(frozenset(options["allowed_imports"]))
     if options["is_gated"]:
         guard_library(guarded_names)
@@ -74,7 +75,6 @@ def prepare(options: layers.Options) -> tuple[layers.Report, Callable[[], None]]
     sys.stdout = sys.stderr = _Nowhere()
     sys.setrecursionlimit(1000)
     _warm_up(guarded_names, options["result_bytes"])
-    note_starters()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     stage = Stage(guarded_names if options["is_gated"] else dict(vars(builtins)), options["result_bytes"])
     return report, partial(_serve, put_wall_on, stage, own_kib)
@@ -105,7 +105,7 @@ def _fork_ahead(put_wall_on: Callable[[], None], stage: Stage) -> int | None:
 
 
 def _fork(put_wall_on: Callable[[], None], stage: Stage) -> int:
-    child = real_fork()
+    child = layers.real_fork()
     if child == 0:
         _be_the_child(put_wall_on, stage)
     return child
