@@ -102,14 +102,16 @@ def test_the_loss_of_any_learner_rank_ends_the_run_and_one_command_goes_on(tmp_p
     options = ("--output", str(output), *QUICK, "--steps", "8", "--max-lag", "1", "--learner-ranks", "2")
     for rank in (0, 1):
         process = start(*options)
-        at_steps(process, {6: partial(kill, output, f"learner-{rank}")})
+        text = at_steps(process, {6: partial(kill, output, f"learner-{rank}")})
         _, error = process.communicate(timeout=60)
         assert process.returncode == 1
         assert f"learner-{rank} was killed by SIGKILL." in error
         assert f"Go on with: python run.py --resume {checkpoint}" in error
         assert processes_of(output) == []
         options = ("--resume", str(checkpoint))
-    assert [line["step"] for line in lines(output)][:6] == [1, 2, 3, 4, 5, 6]  # so far from step 4 in the second start
+    assert "step 5/8" in text  # of the second start, which goes on from step 4
+    assert "step 4/8" not in text
+    assert [line["step"] for line in lines(output)][:6] == [1, 2, 3, 4, 5, 6]
 
 
 def test_workers_are_added_and_removed_while_the_run_goes_on(

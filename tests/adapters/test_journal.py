@@ -116,6 +116,17 @@ async def test_a_task_knows_its_parents_and_its_use(tmp_path: Path) -> None:
     assert rows == [(-1, "[]", 0, 0, 0, None, None), (4, "[1]", 3, 8, 5, 0.375, 7)]
 
 
+async def test_many_tasks_get_each_its_own_use_at_once(tmp_path: Path) -> None:
+    tasks = [replace(TASK, program=f"def f(x):\n    return x + {number}") for number in range(150)]
+    uses = [TaskUse(draws=number, attempts=2 * number, successes=1, last_use=number % 7) for number in range(150)]
+    with SqliteJournal(tmp_path / "journal.sqlite") as journal:
+        for task in tasks:
+            await journal.add(task, version=0)
+        journal.note_use(KnownTask(problem=task, use=use) for task, use in zip(tasks, uses, strict=True))
+        await journal.flush()
+        assert list(journal.uses().values()) == uses
+
+
 async def test_the_ledger_is_on_the_disk_after_a_flush(tmp_path: Path) -> None:
     ledger, (proposer, *solvers) = Ledger(), samples_of(group(5, 2))
     with SqliteJournal(tmp_path / "journal.sqlite") as journal:
@@ -268,14 +279,14 @@ def test_the_file_stops_growing_when_old_steps_are_summed_up(tmp_path: Path) -> 
     path, sizes = tmp_path / "journal.sqlite", []
     with SqliteJournal(path) as journal:
         for step in range(1, 121):
-            groups = [group(number, step - 1) for number in range(60 * step, 60 * step + 60)]
+            groups = [group(number, step - 1) for number in range(70 * step, 70 * step + 70)]
             closed = Entry(version=step - 1, stage="trained", reward=0.5, step=step)
             journal.record(Changes(groups=groups, samples={s: closed for one in groups for s in samples_of(one)}))
             if step % 20 == 0:
                 journal.sum_up(step - 20)
                 finish(journal)
                 sizes.append(path.stat().st_size)
-        assert sum(journal.sums().values()) == 120 * 180
+        assert sum(journal.sums().values()) == 120 * 210
     assert sizes[-1] < 1.2 * sizes[2]
 
 

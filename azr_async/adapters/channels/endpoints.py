@@ -19,6 +19,9 @@ LONGEST_IPC_PATH_BYTES: Final = 107
 
 ZmqContext = zmq.asyncio.Context
 
+MOST_SOCKETS: Final = 8192
+"""Of one context: a sending end takes three, and a run may have 1,024 workers; ZeroMQ's own limit is 1,023."""
+
 LINGER_MS: Final = 500
 """How long closing waits for bytes that the operating system has not taken yet."""
 
@@ -51,6 +54,7 @@ async def shared_context() -> AsyncIterator[ZmqContext]:
     Each context has two threads: with 256 of them, waking these costs more than what they carry.
     """
     context = zmq.asyncio.Context()
+    context.set(zmq.MAX_SOCKETS, MOST_SOCKETS)
     try:
         yield context
     finally:

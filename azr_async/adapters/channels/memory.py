@@ -102,26 +102,24 @@ class _Buffer(Generic[T]):
         self._room, self._arrival = asyncio.Event(), asyncio.Event()
 
     async def put(self, message: T) -> None:
-        if self._send_turn.locked() or len(self._messages) >= self._capacity:  # else nobody is before us
-            async with self._send_turn:
-                while not self.receiver_gone.is_set() and len(self._messages) >= self._capacity:
-                    await self._wait(self._room, "full, and its receiver took nothing")
-        if self.receiver_gone.is_set():
-            raise self.refusal()
-        self._messages.append(message)
-        self._arrival.set()
+        async with self._send_turn:
+            while not self.receiver_gone.is_set() and len(self._messages) >= self._capacity:
+                await self._wait(self._room, "full, and its receiver took nothing")
+            if self.receiver_gone.is_set():
+                raise self.refusal()
+            self._messages.append(message)
+            self._arrival.set()
 
     async def take(self) -> T:
-        if self._take_turn.locked() or not self._messages:  # else nobody is before us
-            async with self._take_turn:
-                while not self.receiver_gone.is_set() and not self._messages:
-                    if not self.senders:
-                        raise StopAsyncIteration
-                    await self._wait(self._arrival, f"empty, and none of its {self.senders} open senders sent anything")
-        if self.receiver_gone.is_set():
-            raise ChannelClosed(f"channel {self.name} was closed here. Receive inside its `async with`.")
-        self._room.set()
-        return self._messages.popleft()
+        async with self._take_turn:
+            while not self.receiver_gone.is_set() and not self._messages:
+                if not self.senders:
+                    raise StopAsyncIteration
+                await self._wait(self._arrival, f"empty, and none of its {self.senders} open senders sent anything")
+            if self.receiver_gone.is_set():
+                raise ChannelClosed(f"channel {self.name} was closed here. Receive inside its `async with`.")
+            self._room.set()
+            return self._messages.popleft()
 
     def sender_left(self) -> None:
         self.senders -= 1
@@ -140,9 +138,6 @@ class _Buffer(Generic[T]):
 
     async def _wait(self, event: asyncio.Event, state: str) -> None:
         event.clear()
-        if self._deadline_seconds is None:
-            await event.wait()
-            return
         try:
             async with asyncio.timeout(self._deadline_seconds):
                 await event.wait()

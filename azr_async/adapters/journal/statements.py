@@ -91,7 +91,7 @@ def use(connection: sqlite3.Connection, tasks: Iterable[KnownTask]) -> None:
 
 
 def _execute(connection: sqlite3.Connection, statement: str, rows: Sequence[tuple[object, ...]]) -> int:
-    """Execute it with all rows; returns how many rows of the table it changed.
+    """Execute it with all rows, no two of one key; returns how many rows an INSERT has changed.
 
     Many rows are one step of SQLite: between two steps, as `executemany` makes one for each row, another thread that is
     busy keeps Python to itself for 5 ms.

@@ -12,7 +12,8 @@ SECONDS_AHEAD: Final = (
     2744 * _DAY + 17 * 3600 + 31 * 60,  # other parity of the minute
     3391 * _DAY + 5 * 3600 + 16 * 60 + 1,  # other parity of the second
 )
-"""By flavour. Whatever the time is, one of them gives another value to each field of a date, and to its parity."""
+"""By flavour. Whatever the time is, one of them gives another value to each field of a date, and another parity to the
+hour, the minute and the second; days of a month or a week may agree in parity."""
 
 
 def shift_clock(flavour: int) -> None:

@@ -24,10 +24,7 @@ _ABSENT: Final = "open input breakpoint exit quit help eval exec compile copyrig
 ABSENT_BUILTINS: Final = frozenset(_ABSENT.split())
 _IMPORTED_BY_THE_INTERPRETER: Final = frozenset({"_strptime", "copyreg", "unicodedata"})
 """What functions written in C import by the rules of the program that calls them: no program gets hold of these."""
-_NOT_SHOWN: Final = frozenset(
-    {"__builtins__", "__cached__", "__file__", "__loader__", "__path__", "__spec__", "CodeType"}
-)
-"""`types.CodeType` makes a function of any bytes: the gate knows nothing of what these say."""
+_NOT_SHOWN: Final = frozenset({"__builtins__", "__cached__", "__file__", "__loader__", "__path__", "__spec__"})
 
 
 def builtin_names(allowed_imports: Collection[str]) -> Namespace:
