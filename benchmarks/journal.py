@@ -1,26 +1,31 @@
 """What the journal costs by itself, at the rates of a run: CPU per step, acknowledgements, and the growth of the file.
 
-    python benchmarks/journal.py --steps 3000 --keep-steps 500
+    python benchmarks/journal.py --steps 3000 --keep-steps 500 --output benchmarks/results/journal.json
 
 Each step leases, judges and trains about as many samples as one of the starter's (306) and finds some tasks; every 60
 steps what a checkpoint allows is summed up. It runs as fast as the disk takes it, so the latencies are those under
-full load.
+full load. At last the writer alone has the rows of some steps to write, first with Python to itself, then beside a
+thread that never pauses, as the event loop is when much arrives: each batch of a run waits for the writer.
 """
 
 import argparse
 import asyncio
+import itertools
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+from whole_runs import write_json
+
 from azr_async.adapters.journal import SqliteJournal
-from azr_async.algorithm.ledger import Ledger, samples_of
+from azr_async.algorithm.ledger import Changes, Ledger, samples_of
 from azr_async.algorithm.values import encode
 from azr_async.messages import TASKS, Admission, Pair, Problem
 
 GROUPS_PER_STEP, ATTEMPTS, TASKS_PER_STEP, CHECKPOINT_STEPS, CHECKPOINTS = 36, 8, 12, 60, 2
-REPORT_STEPS = 500
+REPORT_STEPS, QUEUED_STEPS, REPEATS = 500, 10, 5
 
 
 def groups_of(step: int) -> list[Admission]:
@@ -57,8 +62,8 @@ async def find_tasks(journal: SqliteJournal, step: int) -> list[float]:
     return [task.result() for task in tasks]
 
 
-def one_step(ledger: Ledger, journal: SqliteJournal, step: int) -> None:
-    """What the ledger is told of a step, and the journal of the ledger."""
+def one_step(ledger: Ledger, step: int) -> tuple[Changes, Changes]:
+    """What the ledger is told of a step; what the journal is told of the ledger, before the step and after it."""
     groups = groups_of(step)
     for group in groups:
         ledger.lease(group)
@@ -66,9 +71,9 @@ def one_step(ledger: Ledger, journal: SqliteJournal, step: int) -> None:
         ledger.returned(sample)
         ledger.judged(sample, 1.0)
         ledger.admitted(sample, version=step - 1)
-    journal.record(ledger.take())
+    before = ledger.take()
     ledger.installed(step)
-    journal.record(ledger.take())
+    return before, ledger.take()
 
 
 async def measure(path: Path, *, steps: int, keep_steps: int) -> None:
@@ -77,7 +82,8 @@ async def measure(path: Path, *, steps: int, keep_steps: int) -> None:
     with SqliteJournal(path) as journal:
         before, began, cpu_began = journal.numbers(), time.perf_counter(), time.process_time()
         for step in range(1, steps + 1):
-            one_step(ledger, journal, step)
+            for changes in one_step(ledger, step):
+                journal.record(changes)
             waits += await find_tasks(journal, step)
             if step % CHECKPOINT_STEPS == 0:
                 journal.sum_up(min(step - CHECKPOINTS * CHECKPOINT_STEPS, step - keep_steps))
@@ -96,6 +102,29 @@ async def measure(path: Path, *, steps: int, keep_steps: int) -> None:
         await journal.flush()
 
 
+async def rows_per_second(path: Path, *, is_beside_a_busy_thread: bool) -> float:
+    """Of the ledger, from when they are handed over until all are on the disk."""
+    ledger, is_over = Ledger(), threading.Event()
+    queued = [changes for step in range(1, QUEUED_STEPS + 1) for changes in one_step(ledger, step)]
+    busy = threading.Thread(target=_never_pause, args=(is_over,))
+    with SqliteJournal(path) as journal:
+        if is_beside_a_busy_thread:
+            busy.start()
+        try:
+            began = time.perf_counter()
+            for changes in queued:
+                journal.record(changes)
+            await journal.flush()
+            return journal.numbers()["ledger_rows"] / (time.perf_counter() - began)
+        finally:
+            is_over.set()
+
+
+def _never_pause(is_over: threading.Event) -> None:
+    while not is_over.is_set():
+        pass
+
+
 def megabytes(path: Path) -> float:
     """Of the file without its WAL."""
     return path.stat().st_size / 1e6
@@ -106,10 +135,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--keep-steps", type=int, default=500, help="journal.keep_steps of the run that is played")
+    parser.add_argument("--output", type=Path, help="write what is written beside a busy thread as JSON")
     arguments = parser.parse_args()
+    rates: dict[str, list[float]] = {"alone": [], "beside a busy thread": []}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "journal.sqlite"
-        asyncio.run(measure(path, steps=arguments.steps, keep_steps=arguments.keep_steps))
+        asyncio.run(measure(Path(folder) / "journal.sqlite", steps=arguments.steps, keep_steps=arguments.keep_steps))
+        for repeat, name in itertools.product(range(REPEATS), rates):
+            path = Path(folder) / f"{name} {repeat}.sqlite"
+            rates[name].append(asyncio.run(rows_per_second(path, is_beside_a_busy_thread=name != "alone")))
+    for name, same in rates.items():
+        print(f"rows/s {name}: {statistics.median(same):,.0f} ({min(same):,.0f} to {max(same):,.0f})")
+    write_json(arguments.output, "journal", rates)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_leaves_nothing(tmp_pat
 def test_a_killed_program_ends_the_run_by_name(tmp_path: Path, program: str, start: Start) -> None:
     output = tmp_path / "run"
     process = start(
-        *("--output", str(output), *SMALL, "--steps", "500", "--evaluation.suite", "none", "--run.max-restarts", "0")
+        *("--output", str(output), *SMALL, "--steps", "500", "--evaluation.suite", "none", "--run.max-restarts", "0"),
+        *(("--learner-ranks", "2") if program == "learner-0" else ()),  # the other rank waits for it
     )
     assert process.stdout is not None
     for line in process.stdout:

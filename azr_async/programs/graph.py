@@ -137,21 +137,8 @@ async def _stages(
     stop: asyncio.Event,
 ) -> None:
     """The graph at the top of this file."""
+    flow, filing = course.flow, _filing(parts, course, changed)
     parts = replace(parts, engine=NotingEngine(parts.engine, course.ledger))
-    flow = course.flow
-    filing = Filing(
-        flow,
-        parts.library,
-        course.ledger,
-        tasks=parts.config.flow.tasks,
-        usage=parts.usage,
-        gauges=parts.gauges,
-        widths=lambda: {
-            "busy.inference": max(1.0, parts.gauges().get("engines.workers", 1.0)),
-            "busy.sandbox": parts.config.sandbox.workers,
-        },
-        on_change=changed.notify,
-    )
     admissions, admitted = channel(Admission)
     proposals, proposed = channel(Proposal)
     challenges, challenged = channel(Challenge)
@@ -193,3 +180,19 @@ async def _stages(
             ),
         }.items():
             group.create_task(stage, name=name)
+
+
+def _filing(parts: Parts, course: Course, changed: Changed) -> Filing:
+    return Filing(
+        course.flow,
+        parts.library,
+        course.ledger,
+        tasks=parts.config.flow.tasks,
+        usage=parts.usage,
+        gauges=parts.gauges,
+        widths=lambda: {
+            "busy.inference": max(1.0, parts.gauges().get("engines.workers", 1.0)),
+            "busy.sandbox": parts.config.sandbox.workers,
+        },
+        on_change=changed.notify,
+    )

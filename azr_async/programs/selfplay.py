@@ -35,6 +35,7 @@ from azr_async.messages import (
     WorkerReady,
 )
 from azr_async.programs.course import Reply
+from azr_async.programs.folders import JOURNAL_FILE
 from azr_async.programs.graph import Request, self_play
 from azr_async.programs.parts import Parts
 from azr_async.programs.seeds import add_seeds, seed_problems
@@ -44,7 +45,6 @@ from azr_async.starter.suite import STARTER_SUITE, load_suite
 
 log = logging.getLogger(__name__)
 
-JOURNAL_FILE = "journal.sqlite"
 Results = ZmqReceiver[GenerationResults | WorkerReady]
 
 

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -32,6 +33,8 @@ from azr_async.programs.leash import die_with_parent
 
 CONFIG_FILE: Final = "config.yaml"
 LAUNCHER_PID_FILE: Final = "launcher.pid"
+DESCRIPTORS: Final = 65_536
+"""Files and sockets that a program may have open, unless the host allows fewer."""
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 _FIXED_NAMES: Final = ("launcher", "selfplay-results", "selfplay-requests", "learner-batches", "learner-weights")
@@ -130,6 +133,7 @@ def program_main(
     """
     log_path = run_dir / "logs" / f"{process}.log"
     _start_log(log_path)
+    allow_descriptors()
     try:
         _die_with_the_launcher(wires_dir)
         uvloop.run(_run(process, wires_dir, config, main))
@@ -138,6 +142,14 @@ def program_main(
     except Exception as error:
         return _failed(process, error, log_path, wires_dir)
     return EXIT_DONE
+
+
+def allow_descriptors() -> None:
+    """Lift the limit that a shell sets, often 1,024, as far as it may be: self-play with 256 workers has 1,366 open."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if most == resource.RLIM_INFINITY else min(DESCRIPTORS, most)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,5 +1,6 @@
 """Addresses of wires, and the configuration that every program reads."""
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from azr_async.programs.folders import claimed_run_dir
 from azr_async.programs.wiring import (
     LAUNCHER_PID_FILE,
     Reporter,
+    allow_descriptors,
     endpoint,
     endpoint_names,
     load_run_config,
@@ -35,6 +37,18 @@ def test_wires_are_socket_files_or_loopback_ports() -> None:
     tcp = Config.model_validate({"wires": {"transport": "tcp", "base_port": 5000}})
     assert endpoint(Config(), Path("/tmp/w"), "inference-3-jobs") == "ipc:///tmp/w/inference-3-jobs"
     assert endpoint(tcp, Path("/tmp/w"), "learner-batches") == "tcp://127.0.0.1:5003"
+
+
+def test_a_programs_limit_of_descriptors_is_lifted_as_far_as_the_host_allows() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        allow_descriptors()
+        lifted, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert lifted == (min(65_536, most) if most > 0 else 65_536)
+    assert most == before[1]
 
 
 @pytest.mark.parametrize("name", ["", "learner", "inference-x-jobs", "inference-1-pull", "../launcher"])

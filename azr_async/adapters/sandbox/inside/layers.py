@@ -79,7 +79,7 @@ def confine(options: Options, *, filter_name: str) -> Report:
     _try(report, "no_new_privs", _no_new_privileges)
     _try(report, "rlimits", lambda: _set_limits(memory_bytes))
     _try(report, "landlock", _deny_files)
-    _try(report, "environment", _look_at_environment)
+    _try(report, "environment", _empty_environment)
     _try(report, "seccomp", lambda: _filter_system_calls(filter_name))
     return report
 
@@ -279,7 +279,7 @@ def _deny_files() -> str:
     raise Ineffective("the root directory can still be opened")
 
 
-def _look_at_environment() -> str:
+def _empty_environment() -> str:
     if unexpected := set(os.environ) - {"PYTHONHASHSEED", "LANG", "LC_CTYPE"}:
         raise Ineffective(f"holds {', '.join(sorted(unexpected))}")
     os.environ.clear()  # Python has read these at its start; no program is to know its hash seed
