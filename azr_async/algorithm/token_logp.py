@@ -119,8 +119,9 @@ class _Blockwise(torch.autograd.Function):
             log_sum_N[block] = logits_nV.logsumexp(-1)
             logp_N[block] = logits_nV.gather(-1, target_N[block, None])[:, 0] - log_sum_N[block]
             if with_entropy:
-                share_nV = (logits_nV - log_sum_N[block, None]).exp_()
-                entropy_N[block] = log_sum_N[block] - _row_products(share_nV, logits_nV)
+                # Not log_sum - sum p z: sum p is 1 but for rounding, and logits far from 0 would multiply that.
+                log_share_nV = logits_nV.sub_(log_sum_N[block, None])
+                entropy_N[block] = -_row_products(log_share_nV.exp(), log_share_nV)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, target_N, temperature_N, log_sum_N, entropy_N)
         ctx.shape = shape
         return logp_N, entropy_N

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,6 +51,7 @@ class Inputs:
     scale=st.sampled_from([1.0, 0.25]),
     cap=st.sampled_from([0.0, 2.0]),
 )
+@example(seed=18, tokens=18, vocabulary=36, most_logits=0, has_bias=True, with_entropy=True, scale=1.0, cap=0.0)
 def test_blocks_equal_the_whole_with_their_gradients(
     seed: int,
     tokens: int,
@@ -66,6 +67,18 @@ def test_blocks_equal_the_whole_with_their_gradients(
     in_blocks = inputs.results(most_logits, with_entropy=with_entropy, scale=scale, cap=cap)
     for one, other in zip(in_blocks, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
+
+
+def test_logits_far_from_zero_cost_the_entropy_no_digits() -> None:
+    """Where H is computed from sum p z, 1 - sum p (about 1e-7) times the logits is lost."""
+    inputs = Inputs(0, 20, 40, has_bias=True, dtype=torch.float32)
+    near = inputs.results(0, with_entropy=True, scale=1.0, cap=0.0)[1]
+    assert inputs.bias_V is not None
+    with torch.no_grad():
+        inputs.bias_V += 512.0
+    far = inputs.results(0, with_entropy=True, scale=1.0, cap=0.0)[1]
+    # The logits themselves are rounded to 2**-14 there: 3e-5 each, of either sign.
+    torch.testing.assert_close(far, near, rtol=0.0, atol=1e-4)
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])
