@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,10 @@ from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 DEADLINE_SECONDS = 60.0
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background of a script. Programs inherit what is ignored, and some tests interrupt theirs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("steady", deadline=None)  # the first call into a library takes its time
 settings.load_profile("steady")

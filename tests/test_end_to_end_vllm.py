@@ -19,14 +19,15 @@ pytestmark = [
 def test_vllm_streams_takes_weights_in_flight_and_leaves_nothing(tmp_path: Path, start: Start) -> None:
     output = tmp_path / "run"
     process = start(
-        *("--output", str(output), *SMALL, "--engine", "vllm", "--steps", "4", "--max-lag", "1"),
+        # Four batches are under way when the first push comes, so that it meets some in the middle.
+        *("--output", str(output), *SMALL, "--engine", "vllm", "--steps", "4", "--max-lag", "3"),
         *("--engine.on-new-weights", "recompute", "--evaluation.proposals", "3"),
     )
     _, error = process.communicate(timeout=270.0)
     assert process.returncode == 0, error + (output / "logs" / "inference-0.log").read_text()[-3000:]
     metrics = lines(output)
     assert [line["version"] for line in metrics] == [0, 1, 2, 3, 4]
-    assert all(line["lag"]["max"] <= line["lag"]["bound"] == 1 for line in metrics)
+    assert all(line["lag"]["max"] <= line["lag"]["bound"] == 3 for line in metrics)
     assert all(line["weights"]["canary_max_logp_error"] < 1e-4 for line in metrics)
     assert sum(line["samples"].get("spanning", 0) for line in metrics) > 0, "no sequence met a push"
     assert processes_of(output) == []

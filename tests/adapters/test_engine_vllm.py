@@ -243,25 +243,24 @@ def test_a_kept_cache_is_told_apart_from_a_recomputed_one(served: Served) -> Non
 
 
 def test_what_waits_for_a_slot_during_a_push_starts_on_a_prompt_of_the_new_weights(served: Served) -> None:
-    jobs = [
-        a_job(n, "count count count count " * 6, samples=24, max_tokens=40) for n in range(1)
-    ]  # 16 slots, one prompt
+    crowd = replace(endless_job(served), samples=24)  # of one prompt, for 16 slots: nobody's turn comes before the push
     with served.on_new_weights("keep"):
-        completions = served.do(interrupted(served, jobs, [22]))
+        completions = served.do(interrupted(served, [crowd], [22]))
     late = [one for one in completions if (one.token_version == served.version).all()]
     assert late, "no sample waited for a slot"
     for completion in late:
         assert_allclose(completion.behavior_logp, full_pass_logp(served.model, completion), atol=1e-4)
 
 
-def test_a_canary_waits_for_no_sample(served: Served) -> None:
-    # Greedy, and of a prompt after which the model does not stop: no slot comes free by chance.
+def endless_job(served: Served) -> GenerateJob:
+    """Greedy, and of a prompt after which the model does not stop: no slot comes free by chance."""
     greedy = [a_job(n, "x" * n, temperature=0.0, max_tokens=120) for n in range(1, 20)]
-    endless = next(
-        job
-        for job, one in zip(greedy, served.do(samples(served.engine, *greedy)), strict=True)
-        if one.finish == "length"
-    )
+    completions = served.do(samples(served.engine, *greedy))
+    return next(job for job, one in zip(greedy, completions, strict=True) if one.finish == "length")
+
+
+def test_a_canary_waits_for_no_sample(served: Served) -> None:
+    endless = endless_job(served)
 
     async def score_among_many() -> int:
         before = served.engine.generated_tokens
