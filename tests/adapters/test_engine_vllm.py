@@ -163,10 +163,17 @@ def running(kind: str, folder: Path) -> Iterator[Served]:
         finally:
             if one.group is not None:
                 one.group.close()
+            cores = [
+                process
+                for process in psutil.Process().children(recursive=True)
+                if "EngineCore" in " ".join(process.cmdline())
+            ]
             loop.call_soon_threadsafe(engine.close)
             loop.call_soon_threadsafe(loop.stop)
             thread.join(60.0)
             loop.close()
+            _, left = psutil.wait_procs(cores, timeout=30.0)
+            assert not left, "vLLM's engine process outlived close()"
 
 
 async def samples(engine: VllmEngine, *jobs: GenerateJob) -> list[Completion]:
