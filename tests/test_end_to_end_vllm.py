@@ -23,10 +23,10 @@ def test_vllm_streams_takes_weights_in_flight_and_its_processes_die_with_their_w
     output, suite = tmp_path / "run", tmp_path / "suite.jsonl"
     write_suite(suite, load_suite(STARTER_SUITE)[::30])
     process = start(
-        # So few slots that the engine is busy whenever a push comes.
-        *("--output", str(output), *SMALL, "--engine", "vllm", "--steps", "100", "--max-lag", "1", "--engine.slots", "4"),
-        *("--engine.on-new-weights", "recompute", "--evaluation.suite", str(suite), "--evaluation.proposals", "3"),
-        *("--evaluation.every-steps", "4", "--max-restarts", "0"),
+        # Few slots, so that the engine is busy whenever a push comes.
+        *("--output", str(output), *SMALL, "--engine", "vllm", "--engine.slots", "4", "--steps", "100"),
+        *("--max-lag", "1", "--max-restarts", "0", "--evaluation.every-steps", "4", "--evaluation.proposals", "3"),
+        *("--engine.on-new-weights", "recompute", "--evaluation.suite", str(suite)),
     )
     assert process.stdout is not None
     for line in process.stdout:  # ends with the process, which pytest-timeout bounds

@@ -149,7 +149,7 @@ class FlowMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Whatever happened before, the run goes on: everything admitted finishes, and batches can be composed.
 
-        Too old samples hold their slots until a try to compose sweeps them: then others are admitted, and it tries again.
+        Too old samples hold their slots until a try to compose sweeps them: others are admitted, and it tries again.
         """
         if not hasattr(self, "flow"):
             return
