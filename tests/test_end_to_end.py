@@ -90,7 +90,7 @@ def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_leaves_nothing(tmp_pat
     assert (output / "checkpoints" / f"step-{last:06d}" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("program", ["selfplay", "learner-0"])
+@pytest.mark.parametrize("program", ["inference-0", "selfplay", "learner-0"])
 def test_a_killed_program_ends_the_run_by_name(tmp_path: Path, program: str, start: Start) -> None:
     output = tmp_path / "run"
     process = start(
