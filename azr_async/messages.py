@@ -367,6 +367,13 @@ class WeightsJoined:
     group: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GivenUp:
+    """learner -> worker. The run goes on without this worker, which has to end to be started again."""
+
+    why: str
+
+
 # ---------------------------------------------------------------- everybody -> launcher
 
 
@@ -397,6 +404,7 @@ Message = (
     | WeightsInstalled
     | JoinWeights
     | WeightsJoined
+    | GivenUp
     | Progress
 )
 

@@ -3,7 +3,7 @@
 The work: solver prompts of the starter's held-out suite, several samples each at temperature 1, until the model ends
 its answer. All use the same model, one thread, as many sequences side by side; their repeats alternate. `generate`
 gets its prompts sorted by length, in batches, as one would. Tokens are counted up to each answer's end token. vLLM is
-there where it is installed; the CPU time of its processes counts.
+there where it is installed; its processes' CPU time counts as its own.
 
     python benchmarks/engines.py --slots 64 256 512 --output benchmarks/results/engines.json
 """
@@ -11,10 +11,12 @@ there where it is installed; the CPU time of its processes counts.
 import argparse
 import asyncio
 import importlib.util
+import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ from azr_async.starter.suite import STARTER_SUITE, load_suite
 SAMPLES = 8
 MAX_TOKENS = 48
 CONTEXT_TOKENS = 256
+DEADLINE_SECONDS = 300.0
+"""Of one repeat in vLLM."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,14 @@ def main() -> None:
     prompts = [dialogue.solve(problem) for problem in load_suite(STARTER_SUITE)][:: arguments.every]
     rows: list[dict[str, Any]] = []
     for slots in arguments.slots:
-        engines = {"embedded engine": embedded(slots), "transformers generate": plain_generate(slots)}
-        if importlib.util.find_spec("vllm") is not None:
-            engines["vllm"] = vllm(slots)
-        for run_prompts in engines.values():
-            run_prompts(prompts[: max(1, slots // SAMPLES)])  # warm-up
-        for _ in range(arguments.repeats):
-            for name, run_prompts in engines.items():
-                measured = timed(run_prompts, prompts)
+        with ExitStack() as opened:
+            engines = {"embedded engine": embedded(slots), "transformers generate": plain_generate(slots)}
+            if importlib.util.find_spec("vllm") is not None:
+                engines["vllm"] = opened.enter_context(vllm(slots))
+            for run_prompts in engines.values():
+                run_prompts(prompts[: max(1, slots // SAMPLES)])  # warm-up
+            for _, (name, run_prompts) in itertools.product(range(arguments.repeats), engines.items()):
+                measured = timed(run_prompts, prompts, cpu_seconds if name == "vllm" else time.process_time)
                 rows.append(
                     {
                         "engine": name,
@@ -128,8 +132,9 @@ def plain_generate(slots: int) -> Callable[[list[Prompt]], int]:
     return run
 
 
-def vllm(slots: int) -> Callable[[list[Prompt]], int]:
-    """vLLM as the workers use it; it ends with this process."""
+@contextmanager
+def vllm(slots: int) -> Iterator[Callable[[list[Prompt]], int]]:
+    """vLLM as the workers use it, with processes of its own until the end of the block."""
     os.environ.update(VLLM_ENVIRONMENT)
     from azr_async.adapters.engines.vllm.opening import open_engine
 
@@ -139,14 +144,25 @@ def vllm(slots: int) -> Callable[[list[Prompt]], int]:
     engine = open_engine(model_source("starter"), config, transfer_backend=BACKEND, seed=1)
 
     async def sample_all(jobs: list[GenerateJob]) -> None:
-        await asyncio.gather(*(engine.sample(job, index) for job in jobs for index in range(job.samples)))
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            await asyncio.gather(*(engine.sample(job, index) for job in jobs for index in range(job.samples)))
 
     def run(prompts: list[Prompt]) -> int:
         before = engine.generated_tokens
         loop.run_until_complete(sample_all([a_job(number, prompt) for number, prompt in enumerate(prompts)]))
         return engine.generated_tokens - before
 
-    return run
+    async def close() -> None:
+        engine.close()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.sleep(0.1)  # vLLM closes its sockets in the loop; one left open blocks the next engine for ever
+
+    try:
+        yield run
+    finally:
+        loop.run_until_complete(close())
+        loop.close()
 
 
 def a_job(number: int, prompt: Prompt) -> GenerateJob:
@@ -163,11 +179,11 @@ def a_job(number: int, prompt: Prompt) -> GenerateJob:
     )
 
 
-def timed(run: Callable[[list[Prompt]], int], prompts: list[Prompt]) -> Measured:
-    """Tokens, and what they cost."""
-    cpu_before, wall_before = cpu_seconds(), time.perf_counter()
+def timed(run: Callable[[list[Prompt]], int], prompts: list[Prompt], cpu_clock: Callable[[], float]) -> Measured:
+    """Tokens, and what they cost. The clock is of the engine's own processes: an idle vLLM spins for some time."""
+    cpu_before, wall_before = cpu_clock(), time.perf_counter()
     tokens = run(prompts)
-    return Measured(tokens, cpu_seconds() - cpu_before, time.perf_counter() - wall_before)
+    return Measured(tokens, cpu_clock() - cpu_before, time.perf_counter() - wall_before)
 
 
 def cpu_seconds() -> float:

@@ -22,6 +22,7 @@ from azr_async.messages import (
     CancelJob,
     GenerateJob,
     GenerationResults,
+    GivenUp,
     JoinWeights,
     PushWeights,
     WeightsInstalled,
@@ -199,22 +200,27 @@ async def _take_jobs(jobs: ZmqReceiver[GenerateJob | CancelJob], client: Client)
 
 
 async def _take_weights(
-    pushes: ZmqReceiver[JoinWeights | PushWeights], client: Client, server: EngineServer, closing_seconds: float
+    pushes: ZmqReceiver[JoinWeights | PushWeights | GivenUp],
+    client: Client,
+    server: EngineServer,
+    closing_seconds: float,
 ) -> None:
     """Orders of the learner -> engine, which ends when it and self-play are gone.
 
-    At the end of a run the learner closes first, and self-play with it. If self-play goes on, the learner has gone on
-    without this worker: WeightsError, so that it is started again.
+    At the end of a run the learner closes first, and self-play with it. WeightsError when the learner goes on without
+    this worker, so that it is started again, or when self-play does not close.
     """
     async for order in pushes:
+        if isinstance(order, GivenUp):
+            raise WeightsError(f"the learner goes on without this worker: {order.why}")
         server.give(order)
     try:
         async with asyncio.timeout(closing_seconds):
             await client.gone.wait()
     except TimeoutError:
         raise WeightsError(
-            f"the learner closed its end {closing_seconds:g} s ago and the run goes on: it has given this worker "
-            "up. Look at logs/learner-0.log for why; raise weights.deadline_seconds if this worker was only slow."
+            f"the learner closed its end {closing_seconds:g} s ago, and self-play did not. Look at logs/selfplay.log; "
+            "raise wires.stop_seconds if it only needs longer to end."
         ) from None
     server.stop()
 
@@ -257,10 +263,10 @@ def _jobs(config: Config, wires_dir: Path, name: str) -> ZmqReceiver[GenerateJob
     )
 
 
-def _pushes(config: Config, wires_dir: Path, name: str) -> ZmqReceiver[JoinWeights | PushWeights]:
+def _pushes(config: Config, wires_dir: Path, name: str) -> ZmqReceiver[JoinWeights | PushWeights | GivenUp]:
     return zmq_receiver(
         endpoint(config, wires_dir, f"{name}-push"),
-        (JoinWeights, PushWeights),
+        (JoinWeights, PushWeights, GivenUp),
         name=f"{name}-push",
         capacity=CAPACITY,
         join_seconds=config.wires.start_seconds,

@@ -3,13 +3,14 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from azr_async.errors import ChannelClosed, PeerVanished
-from azr_async.messages import JoinWeights, PushWeights, WorkerReady
+from azr_async.messages import GivenUp, JoinWeights, PushWeights, WorkerReady
 from azr_async.ports import Sender
 
-Orders = Sender[PushWeights | JoinWeights]
+Orders = Sender[PushWeights | JoinWeights | GivenUp]
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,17 @@ class Member:
     orders: Orders
 
 
+@dataclass(slots=True)
+class _Way:
+    """To a worker, kept open by a task."""
+
+    leaving: asyncio.Event
+    """Set when it is no longer needed."""
+    last_word: GivenUp | None = None
+    """To be said before it is closed; the worker counts as lost from then on."""
+    keeper: asyncio.Task[None] | None = None
+
+
 class Roster:
     """Opens a way to each worker that announces itself, and strikes off who is gone."""
 
@@ -34,35 +46,38 @@ class Roster:
         """`tasks` is where the ways are kept open; it ends when `close` was called."""
         self.members: dict[str, Member] = {}
         self._connect, self._tasks, self._on_change = connect, tasks, on_change
-        self._keepers: dict[str, asyncio.Task[None]] = {}
-        self._leaving: dict[str, asyncio.Event] = {}
+        self._ways: dict[str, _Way] = {}
         self._is_closed = False
 
     def welcome(self, ready: WorkerReady) -> None:
         """A worker is there; one of its name that was there before is gone."""
         self._drop(ready.worker, "it was started again")
         if not self._is_closed:
-            leaving = self._leaving[ready.worker] = asyncio.Event()
-            keeper = self._tasks.create_task(self._keep(ready, leaving), name=f"orders for {ready.worker}")
-            self._keepers[ready.worker] = keeper
+            way = self._ways[ready.worker] = _Way(asyncio.Event())
+            way.keeper = self._tasks.create_task(self._keep(ready, way), name=f"orders for {ready.worker}")
 
     def has(self, member: Member) -> bool:
         """Can it still be reached, itself and not only one of its name?"""
         return self.members.get(member.name) is member
 
     def give_up(self, member: Member, why: str) -> None:
-        """Count no longer on a worker: its way is closed. It has to end, and to be started again, to come back."""
+        """Count no longer on a worker, and tell it: it has to end, and to be started again, to come back."""
         if self.has(member):
-            self._drop(member.name, why)
+            way = self._ways[member.name]
+            way.last_word = GivenUp(why=why)
+            way.leaving.set()
+            self._strike_off(member.name, why)
 
     def close(self) -> None:
-        """Tell every worker that this was all."""
+        """Tell every worker that this was all; nobody waits for one that was given up."""
         self._is_closed = True
-        for leaving in self._leaving.values():
-            leaving.set()
+        for way in self._ways.values():
+            if way.last_word is not None and way.keeper is not None:
+                way.keeper.cancel()
+            way.leaving.set()
 
-    async def _keep(self, ready: WorkerReady, leaving: asyncio.Event) -> None:
-        """Keep the way to a worker open until it is gone or `leaving` is set."""
+    async def _keep(self, ready: WorkerReady, way: _Way) -> None:
+        """Keep the way to a worker open until it is gone or the way is to be left."""
         name, why = ready.worker, ""
         try:
             async with self._connect(ready) as orders, asyncio.TaskGroup() as group:
@@ -73,21 +88,27 @@ class Roster:
                 async def watch() -> None:
                     nonlocal why
                     why = str(await orders.ended())
-                    leaving.set()
+                    way.leaving.set()
 
                 watching = group.create_task(watch(), name=f"watch {name}")
-                await leaving.wait()
+                await way.leaving.wait()
+                if way.last_word is not None:
+                    with suppress(PeerVanished, ChannelClosed):  # then it is gone indeed
+                        await orders.send(way.last_word)
                 watching.cancel()
         except (PeerVanished, ChannelClosed) as problem:
             why = str(problem)
         if not self._is_closed:
-            del self._keepers[name]
-            self._strike_off(name, why)
+            del self._ways[name]
+            if way.last_word is None:
+                self._strike_off(name, why)
 
     def _drop(self, name: str, why: str) -> None:
-        if name in self._keepers:
-            self._keepers.pop(name).cancel()
-            self._strike_off(name, why)
+        way = self._ways.pop(name, None)
+        if way is not None and way.keeper is not None:
+            way.keeper.cancel()
+            if way.last_word is None:
+                self._strike_off(name, why)
 
     def _strike_off(self, name: str, why: str) -> None:
         if self.members.pop(name, None) is not None:

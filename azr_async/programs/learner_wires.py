@@ -14,6 +14,7 @@ from azr_async.config import Config
 from azr_async.errors import PeerVanished
 from azr_async.messages import (
     EvaluationResult,
+    GivenUp,
     JoinWeights,
     Message,
     PushWeights,
@@ -183,7 +184,7 @@ async def open_wires(config: Config, wires_dir: Path, name: str, stop: asyncio.E
             context=context,
         )
 
-    def connect_worker(ready: WorkerReady) -> ZmqSender[PushWeights | JoinWeights]:
+    def connect_worker(ready: WorkerReady) -> ZmqSender[PushWeights | JoinWeights | GivenUp]:
         return connect(endpoint(config, wires_dir, f"{ready.worker}-push"), ready.worker, context)
 
     def connect_selfplay() -> ZmqSender[ToSelfPlay]:

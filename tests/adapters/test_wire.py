@@ -23,6 +23,7 @@ from azr_async.messages import (
     EvaluationResult,
     GenerateJob,
     GenerationResults,
+    GivenUp,
     Handover,
     JoinWeights,
     Message,
@@ -137,6 +138,7 @@ MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
     ),
     JoinWeights: st.builds(JoinWeights, host=texts, port=counts, rank=counts, world_size=counts, group=counts),
     WeightsJoined: st.builds(WeightsJoined, worker=texts, group=counts),
+    GivenUp: st.builds(GivenUp, why=texts),
     Progress: st.builds(Progress, process=texts, phase=texts, done=counts, total=counts),
 }
 

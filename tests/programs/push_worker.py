@@ -18,7 +18,7 @@ from azr_async.adapters.trainer import Trainer, connect_ranks
 from azr_async.adapters.weights import WeightGroup, connect_store
 from azr_async.config import Config
 from azr_async.errors import RanksLost
-from azr_async.messages import JoinWeights, PushWeights, WeightsInstalled, WeightsJoined, WorkerReady
+from azr_async.messages import GivenUp, JoinWeights, PushWeights, WeightsInstalled, WeightsJoined, WorkerReady
 from azr_async.programs.wiring import endpoint
 from tests.random_models import random_model
 
@@ -61,8 +61,11 @@ def _main(name: str, config: str, wires_dir: Path, fault: Fault | None) -> None:
 async def _serve(name: str, config: Config, wires_dir: Path, fault: Fault | None) -> None:
     model = random_model("qwen2-tied", seed=77, intermediate_size=WIDTH)
     scorer = Trainer(model, Config(), connect_ranks(Config()))
-    orders: ZmqReceiver[JoinWeights | PushWeights] = zmq_receiver(
-        endpoint(config, wires_dir, f"{name}-push"), (JoinWeights, PushWeights), name=f"{name}-push", capacity=8
+    orders: ZmqReceiver[JoinWeights | PushWeights | GivenUp] = zmq_receiver(
+        endpoint(config, wires_dir, f"{name}-push"),
+        (JoinWeights, PushWeights, GivenUp),
+        name=f"{name}-push",
+        capacity=8,
     )
     learner: ZmqSender[WorkerReady | WeightsJoined | WeightsInstalled] = zmq_sender(
         endpoint(config, wires_dir, "learner-weights"), name=name, peer="learner-0"
@@ -71,6 +74,8 @@ async def _serve(name: str, config: Config, wires_dir: Path, fault: Fault | None
     async with orders, learner:
         await learner.send(WorkerReady(worker=name, endpoint="", slots=4, incarnation=os.getpid()))
         async for order in orders:
+            if isinstance(order, GivenUp):
+                return
             try:
                 if isinstance(order, JoinWeights):
                     if fault is not None and fault.version == "join":

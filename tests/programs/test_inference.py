@@ -25,6 +25,7 @@ from azr_async.messages import (
     Completion,
     GenerateJob,
     GenerationResults,
+    GivenUp,
     JoinWeights,
     PushWeights,
     WeightsInstalled,
@@ -68,7 +69,8 @@ class Peers:
     results: ZmqReceiver[WorkerReady | GenerationResults]
     answers: ZmqReceiver[WorkerReady | WeightsJoined | WeightsInstalled]
     jobs: ZmqSender[GenerateJob]
-    pushes: ZmqSender[JoinWeights | PushWeights]
+    pushes: ZmqSender[JoinWeights | PushWeights | GivenUp]
+    close_jobs: Callable[[], Awaitable[None]]
     close_pushes: Callable[[], Awaitable[None]]
 
     async def completions(self, count: int) -> list[Completion]:
@@ -127,10 +129,13 @@ async def peers(place: Place) -> AsyncIterator[Peers]:
         assert isinstance(also_ready, WorkerReady)
         assert (ready.worker, ready.slots, also_ready.worker) == (NAME, 8, NAME)
         jobs: ZmqSender[GenerateJob] = zmq_sender(ready.endpoint, name="selfplay", peer=NAME)
-        pushes: ZmqSender[JoinWeights | PushWeights] = zmq_sender(also_ready.endpoint, name="learner-0", peer=NAME)
-        async with AsyncExitStack() as closing, jobs:
-            await closing.enter_async_context(pushes)
-            yield Peers(results, answers, jobs, pushes, closing.aclose)
+        pushes: ZmqSender[JoinWeights | PushWeights | GivenUp] = zmq_sender(
+            also_ready.endpoint, name="learner-0", peer=NAME
+        )
+        async with AsyncExitStack() as of_jobs, AsyncExitStack() as of_pushes:
+            await of_jobs.enter_async_context(jobs)
+            await of_pushes.enter_async_context(pushes)
+            yield Peers(results, answers, jobs, pushes, of_jobs.aclose, of_pushes.aclose)
 
 
 async def test_jobs_come_back_and_the_worker_ends_when_both_peers_have_closed(place: Place) -> None:
@@ -191,7 +196,24 @@ async def test_self_play_may_take_the_time_of_a_stop_to_close_after_the_learner(
         await serving
 
 
-async def test_a_worker_that_self_play_still_has_was_given_up_by_the_learner(place: Place) -> None:
+@pytest.mark.parametrize("is_self_play_gone", [False, True])
+async def test_a_worker_that_is_given_up_fails_with_the_reason_of_the_learner(
+    place: Place, is_self_play_gone: bool
+) -> None:
+    serving = asyncio.get_running_loop().create_task(
+        serve(Reporter(NAME), name=NAME, config=place.config, wires_dir=place.wires_dir)
+    )
+    async with peers(place) as ends:
+        if is_self_play_gone:
+            await ends.close_jobs()
+        await ends.pushes.send(GivenUp(why="it was late."))
+        await asyncio.wait([serving])
+    with pytest.raises(ExceptionGroup) as error:
+        await serving
+    assert error.group_contains(WeightsError, match="the learner goes on without this worker: it was late.")
+
+
+async def test_a_self_play_that_does_not_close_after_the_learner_is_an_error(place: Place) -> None:
     wires = WiresConfig(start_seconds=30.0, stop_seconds=0.3)
     quick = place.config.model_copy(update={"weights": WeightsConfig(deadline_seconds=0.2), "wires": wires})
     serving = asyncio.get_running_loop().create_task(
@@ -202,7 +224,7 @@ async def test_a_worker_that_self_play_still_has_was_given_up_by_the_learner(pla
         await asyncio.wait([serving])
     with pytest.raises(ExceptionGroup) as error:
         await serving
-    assert error.group_contains(WeightsError, match=r"closed its end 0.3 s ago and the run goes on")
+    assert error.group_contains(WeightsError, match=r"closed its end 0.3 s ago, and self-play did not")
 
 
 class Given:

@@ -24,6 +24,7 @@ from azr_async.messages import (
     BatchRequest,
     EvaluationRequest,
     EvaluationResult,
+    GivenUp,
     JoinWeights,
     PushWeights,
     RolloutBatch,
@@ -76,6 +77,8 @@ class Peers:
     heard: list[tuple[str, int]] = field(default_factory=list)
     model: Any = field(default_factory=lambda: random_model("qwen2-tied", seed=77))
     installed: int = -1
+    told_worker: str = ""
+    """Why the worker was given up."""
 
     async def selfplay(self) -> None:
         """Answers every request at once, with batches that lag by one version where they can."""
@@ -114,9 +117,9 @@ class Peers:
 
     async def worker(self) -> None:
         """Installs what is pushed into a real model and scores the canaries with it."""
-        pushes: ZmqReceiver[JoinWeights | PushWeights] = zmq_receiver(
+        pushes: ZmqReceiver[JoinWeights | PushWeights | GivenUp] = zmq_receiver(
             endpoint(self.config, self.wires_dir, "inference-0-push"),
-            (JoinWeights, PushWeights),
+            (JoinWeights, PushWeights, GivenUp),
             name="inference-0-push",
             capacity=8,
         )
@@ -145,6 +148,8 @@ class Peers:
                         )
                         if not self.is_worker_silent:
                             await learner.send(self.tamper(answer))
+                    case GivenUp():
+                        self.told_worker = order.why
 
     def batch(self, version: int) -> RolloutBatch:
         return RolloutBatch(version=version, rollouts=random_batch(version, lag=1).rollouts, stats=STATS)
@@ -442,12 +447,14 @@ async def test_an_answer_to_an_earlier_attempt_at_a_push_does_not_count(
 async def test_a_worker_that_does_not_answer_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = a_config(tmp_path, weights={"deadline_seconds": 1.0}, wires={"start_seconds": 5.0})
     (tmp_path / "wires").mkdir()
+    peers = Peers(config, tmp_path / "wires", is_worker_silent=True)
     async with failing_with(PeerVanished) as messages:
-        await run_learner(tmp_path, config, Peers(config, tmp_path / "wires", is_worker_silent=True))
+        await run_learner(tmp_path, config, peers)
     assert any("every inference worker was lost, and none came back within 5 s" in message for message in messages)
     warnings = " ".join(record.getMessage() for record in caplog.records)
     assert "inference worker inference-0 was lost" in warnings
     assert "no WeightsInstalled came within weights.deadline_seconds = 1 s" in warnings
+    assert "no WeightsInstalled came within weights.deadline_seconds = 1 s" in peers.told_worker
 
 
 async def test_a_worker_that_never_starts_is_named(tmp_path: Path) -> None:
