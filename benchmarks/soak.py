@@ -1,12 +1,13 @@
 """Do memory and descriptors of every process of a run stay flat? One long run, looked at from outside.
 
-A run of as many steps as fit the time; every ten seconds resident memory, descriptors and threads of each process that
-carries the run's folder in its command line. The sandbox's zygotes and parsers count as one. The first fifth is
+A run of as many steps as fit the time; every ten seconds memory, descriptors and threads of each process that carries
+the run's folder in its command line. Memory is the kernel's proportional share: a page of several processes counts
+once in their sum. The sandbox's zygotes and parsers count as one; how many they are is shown beside. The first fifth is
 warm-up; of the rest, the table shows the medians of its first and last quarter, and the growth in an hour. The JSON
-has the memory of every look, too: what has come to its end shows a curve that bends. Self-play holds the library, so
-it grows until that is full; a small one is full soon:
+has the memory of every look, too: what has come to its end shows a curve that bends. Self-play holds the library and
+the ledger's latest steps, so it grows until both are full; small ones are full soon:
 
-    python benchmarks/soak.py --minutes 30 --output benchmarks/results/soak.json -- --library.capacity 1000
+    python benchmarks/soak.py --output benchmarks/results/soak.json -- --library.capacity 1000 --journal.keep-steps 200
 """
 
 import argparse
@@ -30,8 +31,10 @@ LOOK_SECONDS = 10.0
 END_SECONDS = 120.0
 WARM_UP_SHARE = 0.2
 
-Sample = dict[str, tuple[float, int, int]]
-"""By process: resident MB, descriptors, threads."""
+Seen = tuple[float, int, int, int]
+Sample = dict[str, Seen]
+"""By name: MB, descriptors, threads, processes of that name."""
+NOTHING: Seen = (0.0, 0, 0, 0)
 
 
 def main() -> None:
@@ -67,15 +70,16 @@ def soak(run_dir: Path, seconds: float, options: list[str]) -> tuple[list[Sample
 
 def look(run_dir: Path) -> Sample:
     """Every process of the run, now."""
-    seen: defaultdict[str, tuple[float, int, int]] = defaultdict(lambda: (0.0, 0, 0))
+    seen: defaultdict[str, Seen] = defaultdict(lambda: NOTHING)
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if not any(str(run_dir) in word for word in words):
             continue
         with suppress(psutil.Error):
-            name, memory = _name(words), process.memory_info().rss / 2**20
-            before = seen[name]
-            seen[name] = (before[0] + memory, before[1] + process.num_fds(), before[2] + process.num_threads())
+            name, memory = _name(words), process.memory_full_info().pss / 2**20
+            mb, descriptors, threads, processes = seen[name]
+            new = (mb + memory, descriptors + process.num_fds(), threads + process.num_threads(), processes + 1)
+            seen[name] = new
     return dict(seen)
 
 
@@ -93,7 +97,7 @@ def summary(samples: list[Sample]) -> dict[str, dict[str, float]]:
     hours = (len(steady) - quarter) * LOOK_SECONDS / 3600
     rows = {}
     for name in sorted(steady[0]):
-        columns = [[sample.get(name, (0.0, 0, 0))[column] for sample in steady] for column in range(3)]
+        columns = [[sample.get(name, NOTHING)[column] for sample in steady] for column in range(len(NOTHING))]
         first, last = ([statistics.median(part) for part in parts] for parts in _ends(columns, quarter))
         rows[name] = {
             "mb_first": first[0],
@@ -103,6 +107,8 @@ def summary(samples: list[Sample]) -> dict[str, dict[str, float]]:
             "descriptors_last": last[1],
             "threads_first": first[2],
             "threads_last": last[2],
+            "processes_first": first[3],
+            "processes_last": last[3],
         }
     return rows
 
@@ -112,18 +118,19 @@ def _ends(columns: list[list[float]], quarter: int) -> tuple[list[list[float]], 
 
 
 def libraries(lines: list[dict[str, Any]]) -> list[int]:
-    """Tasks, at ten moments of the run."""
-    return [sum(lines[moment * (len(lines) - 1) // 9]["library"].values()) for moment in range(10)]
+    """Tasks, at ten moments of the run; the line of an evaluation before the first step has none."""
+    sizes = [sum(line["library"].values()) for line in lines if line["step"]]
+    return [sizes[moment * (len(sizes) - 1) // 9] for moment in range(10)]
 
 
 def series(samples: list[Sample]) -> dict[str, list[float]]:
-    """Resident MB of each process at every look."""
-    return {name: [round(sample.get(name, (0.0, 0, 0))[0], 1) for sample in samples] for name in sorted(samples[-1])}
+    """MB of each process at every look."""
+    return {name: [round(sample.get(name, NOTHING)[0], 1) for sample in samples] for name in sorted(samples[-1])}
 
 
 def show(rows: dict[str, dict[str, float]]) -> None:
     """First and last, side by side."""
-    table = Table("process", "MB first", "MB last", "MB an hour", "descriptors", "threads")
+    table = Table("process", "MB first", "MB last", "MB an hour", "descriptors", "threads", "processes")
     for name, row in rows.items():
         table.add_row(
             name,
@@ -132,6 +139,7 @@ def show(rows: dict[str, dict[str, float]]) -> None:
             f"{row['mb_per_hour']:+.1f}",
             f"{row['descriptors_first']:.0f} -> {row['descriptors_last']:.0f}",
             f"{row['threads_first']:.0f} -> {row['threads_last']:.0f}",
+            f"{row['processes_first']:.0f} -> {row['processes_last']:.0f}",
         )
     Console(width=110).print(table)
 
