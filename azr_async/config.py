@@ -301,6 +301,9 @@ class SandboxConfig(Section):
     memory_mb: PositiveInt = 512
     """Address space of one program."""
 
+    cache_mb: PositiveInt = 64
+    """Memory of self-play for verdicts, compiled programs and literals that were met before."""
+
     allowed_imports: tuple[str, ...] = (
         "math", "cmath", "re", "collections", "itertools", "functools", "string", "heapq", "bisect", "statistics",
         "fractions", "decimal", "typing", "dataclasses", "enum", "json", "operator", "copy", "textwrap", "abc",

@@ -247,15 +247,7 @@ def _engines(config: Config, results: Results, context: ZmqContext) -> RemoteEng
 
 
 def _sandbox(config: Config, run_dir: Path) -> SandboxPool:
-    return SandboxPool(
-        workers=config.sandbox.workers,
-        wall_seconds=config.sandbox.wall_seconds,
-        cpu_seconds=config.sandbox.cpu_seconds,
-        memory_mb=config.sandbox.memory_mb,
-        allowed_imports=config.sandbox.allowed_imports,
-        label=str(run_dir),
-        require=config.sandbox.require,
-    )
+    return SandboxPool(**config.sandbox.model_dump(), label=str(run_dir))
 
 
 def _results(config: Config, wires_dir: Path) -> Results:
