@@ -5,7 +5,7 @@ the run's folder in its command line. Memory is the kernel's proportional share:
 once in their sum. The sandbox's zygotes and parsers count as one; how many they are is shown beside. The first fifth is
 warm-up; of the rest, the table shows the medians of its first and last quarter, and the growth in an hour. The JSON
 has the memory of every look, too: what has come to its end shows a curve that bends. Self-play holds the library and
-the ledger's latest steps, and remembers what programs gave, so it grows until all are full; small ones are full soon:
+the ledger's latest steps, and remembers what programs gave, all of them bounded; small ones are full soon:
 
     python benchmarks/soak.py --output benchmarks/results/soak.json -- --library.capacity 500 \
         --journal.keep-steps 200 --sandbox.cache-mb 8

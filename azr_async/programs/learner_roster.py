@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from azr_async.errors import ChannelClosed, PeerVanished
 from azr_async.messages import GivenUp, JoinWeights, PushWeights, WorkerReady
@@ -34,7 +34,7 @@ class _Way:
     """Set when it is no longer needed."""
     last_word: GivenUp | None = None
     """To be said before it is closed; the worker counts as lost from then on."""
-    keeper: asyncio.Task[None] | None = None
+    keeper: asyncio.Task[None] = field(init=False)
 
 
 class Roster:
@@ -72,7 +72,7 @@ class Roster:
         """Tell every worker that this was all; nobody waits for one that was given up."""
         self._is_closed = True
         for way in self._ways.values():
-            if way.last_word is not None and way.keeper is not None:
+            if way.last_word is not None:
                 way.keeper.cancel()
             way.leaving.set()
 
@@ -105,7 +105,7 @@ class Roster:
 
     def _drop(self, name: str, why: str) -> None:
         way = self._ways.pop(name, None)
-        if way is not None and way.keeper is not None:
+        if way is not None:
             way.keeper.cancel()
             if way.last_word is None:
                 self._strike_off(name, why)

@@ -70,7 +70,7 @@ class Peers:
     answers: ZmqReceiver[WorkerReady | WeightsJoined | WeightsInstalled]
     jobs: ZmqSender[GenerateJob]
     pushes: ZmqSender[JoinWeights | PushWeights | GivenUp]
-    close_jobs: Callable[[], Awaitable[None]]
+    close_selfplay: Callable[[], Awaitable[None]]
     close_pushes: Callable[[], Awaitable[None]]
 
     async def completions(self, count: int) -> list[Completion]:
@@ -123,7 +123,8 @@ async def peers(place: Place) -> AsyncIterator[Peers]:
         name="learner-0",
         capacity=16,
     )
-    async with results, answers:
+    async with answers, AsyncExitStack() as of_learner, AsyncExitStack() as of_selfplay:
+        await of_selfplay.enter_async_context(results)
         ready, also_ready = await anext(results), await anext(answers)
         assert isinstance(ready, WorkerReady)
         assert isinstance(also_ready, WorkerReady)
@@ -132,10 +133,9 @@ async def peers(place: Place) -> AsyncIterator[Peers]:
         pushes: ZmqSender[JoinWeights | PushWeights | GivenUp] = zmq_sender(
             also_ready.endpoint, name="learner-0", peer=NAME
         )
-        async with AsyncExitStack() as of_jobs, AsyncExitStack() as of_pushes:
-            await of_jobs.enter_async_context(jobs)
-            await of_pushes.enter_async_context(pushes)
-            yield Peers(results, answers, jobs, pushes, of_jobs.aclose, of_pushes.aclose)
+        await of_selfplay.enter_async_context(jobs)
+        await of_learner.enter_async_context(pushes)
+        yield Peers(results, answers, jobs, pushes, of_selfplay.aclose, of_learner.aclose)
 
 
 async def test_jobs_come_back_and_the_worker_ends_when_both_peers_have_closed(place: Place) -> None:
@@ -198,14 +198,17 @@ async def test_self_play_may_take_the_time_of_a_stop_to_close_after_the_learner(
 
 @pytest.mark.parametrize("is_self_play_gone", [False, True])
 async def test_a_worker_that_is_given_up_fails_with_the_reason_of_the_learner(
-    place: Place, is_self_play_gone: bool
+    place: Place, is_self_play_gone: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     serving = asyncio.get_running_loop().create_task(
         serve(Reporter(NAME), name=NAME, config=place.config, wires_dir=place.wires_dir)
     )
     async with peers(place) as ends:
         if is_self_play_gone:
-            await ends.close_jobs()
+            await ends.close_selfplay()
+            while "self-play is gone" not in caplog.text:  # noqa: ASYNC110 - the log is all that tells
+                await asyncio.sleep(0)
         await ends.pushes.send(GivenUp(why="it was late."))
         await asyncio.wait([serving])
     with pytest.raises(ExceptionGroup) as error:
