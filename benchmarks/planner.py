@@ -20,7 +20,7 @@ from rich.table import Table
 from whole_runs import read_lines, run, write_json
 
 from azr_async.algorithm.simulation import Machine, Workload
-from azr_async.programs.plan import predicted
+from azr_async.programs.plan import predicted, stretch_of
 from azr_async.programs.trace import FIRST_STEPS, read_trace
 
 QUIET: Final = ("--evaluation.suite", "none")
@@ -69,7 +69,8 @@ def compared(folder: Path, name: str, cores: int) -> dict[str, Any]:
     machine: Machine = replace(trace.machine, **machine_changes)
     work: Workload = replace(trace.workload, **({"evaluated_every": 0} | work_changes))
     lines = _lines(folder / name)
-    plan = predicted(machine, work, steps=max(40, len(lines)))
+    steps = max(40, len(lines))
+    plan = predicted(machine, work, steps=steps, stretch=stretch_of(trace, steps=steps))
     steady = [line for line in lines if line["step"] > FIRST_STEPS]
     first = next(line for line in lines if line["step"] == FIRST_STEPS)
     seconds = steady[-1]["wall_seconds"] - first["wall_seconds"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import os
 import signal
 import subprocess
 import sys
@@ -11,9 +12,25 @@ from pathlib import Path
 import pytest
 import uvloop
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).parent.parent
+WHOLE_RUNS = frozenset(
+    f"tests/{name}.py"
+    for name in (
+        "adapters/test_engine_vllm",
+        "faults/test_fault_runs",
+        "test_end_to_end",
+        "test_end_to_end_auto",
+        "test_end_to_end_vllm",
+        "test_resume",
+        "test_supervision",
+    )
+)
+"""Files whose tests keep two cores busy by themselves: several processes that compute, or vLLM."""
 DEADLINE_SECONDS = 60.0
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes test at once, and torch's threads spin while they wait
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background of a script. Programs inherit what is ignored, and some tests interrupt theirs.
@@ -21,6 +38,32 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 settings.register_profile("steady", deadline=None)  # the first call into a library takes its time
 settings.load_profile("steady")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """A socket's path has room for 100 bytes: call the folder of one of several processes `1`, not `popen-gw1`."""
+    if hasattr(config, "workerinput"):
+        folder = Path(config.option.basetemp)
+        config.option.basetemp = str(folder.parent / folder.name.removeprefix("popen-gw"))
+
+
+def scope_of(nodeid: str) -> str:
+    """Two processes test at once, file by file. `WHOLE_RUNS` take turns in one of them."""
+    file = nodeid.partition("::")[0]
+    return "whole runs" if file in WHOLE_RUNS else file
+
+
+class ByFile(LoadScopeScheduling):
+    """Tests of one scope stay in one process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return scope_of(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFile:
+    """Who tests what."""
+    return ByFile(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)

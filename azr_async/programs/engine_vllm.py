@@ -13,7 +13,7 @@ from azr_async.adapters.models import model_source
 from azr_async.adapters.weights.vllm_plugin import BACKEND
 from azr_async.algorithm.jobs import engine_seed
 from azr_async.config import Config
-from azr_async.errors import EngineError, RanksLost
+from azr_async.errors import EngineError, RanksLost, WeightsError
 from azr_async.messages import (
     CancelJob,
     Completion,
@@ -63,7 +63,8 @@ class VllmServer:
         self._orders.put_nowait(None)
 
     async def run(self, answer: Callable[[Answer], object]) -> None:
-        """Serve until `stop`. Raises, in a group, EngineError and WeightsError."""
+        """Serve until `stop`. Raises, in a group, EngineError and WeightsError, with several ranks RanksLost as the
+        latter."""
         pushes: asyncio.Queue[JoinWeights | PushWeights] = asyncio.Queue()
         async with asyncio.TaskGroup() as group:
             background = [
@@ -122,6 +123,10 @@ class VllmServer:
             try:
                 answer(await (self._join(order) if isinstance(order, JoinWeights) else self._install(order)))
             except RanksLost as lost:
+                if self.ranks > 1:
+                    # vLLM raises what the first of its ranks says, and takes the words of the others for answers to
+                    # whatever it asks next.
+                    raise WeightsError(f"{lost} With several ranks vLLM has to start again after that.") from lost
                 log.warning("waiting for the next weight group: %s", lost, exc_info=lost)
 
     async def _join(self, order: JoinWeights) -> Answer:

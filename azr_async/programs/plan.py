@@ -20,6 +20,12 @@ from azr_async.programs.trace import FIRST_STEPS, Trace, read_trace
 LAGS: Final = (0, 1, 2, 4, 8)
 ENOUGH: Final = 0.02
 """Plans that differ by less are equal, and the one with the younger data is recommended."""
+LARGE_STRETCH: Final = 1.25
+"""Beyond it the model has missed something, and its user is told."""
+STRETCHED: Final = (
+    "the trace is not what its own numbers let expect (another load on its machine?), so trust the predictions less; "
+    "they are stretched as the trace is, in time by a factor of"
+)
 
 DESCRIPTION: Final = """\
 Predict rate, busy shares and staleness of splits and staleness bounds that have not been run, from one run that has
@@ -83,6 +89,9 @@ def main(arguments: Sequence[str]) -> int:
 def plan(options: argparse.Namespace) -> tuple[Trace, list[Plan]]:
     """All that is asked for. Raises ConfigError: a trace that says too little, or a split that cannot be."""
     trace = read_trace(options.trace, cores=options.cores if options.gpus is None else None)
+    stretch = stretch_of(trace, steps=options.steps)
+    if not 1.0 / LARGE_STRETCH <= stretch <= LARGE_STRETCH:
+        trace = replace(trace, notes=(*trace.notes, f"{STRETCHED} {stretch:.2f}"))
     work = replace(
         trace.workload,
         propose_samples=options.propose_samples or trace.workload.propose_samples,
@@ -95,19 +104,37 @@ def plan(options: argparse.Namespace) -> tuple[Trace, list[Plan]]:
         sandbox_workers=options.sandbox_workers or trace.machine.sandbox_workers,
     )
     return trace, [
-        predicted(on, replace(work, max_lag=max_lag), steps=options.steps, split=split)
+        predicted(on, replace(work, max_lag=max_lag), steps=options.steps, split=split, stretch=stretch)
         for split, on in _machines(options, trace, machine)
         for max_lag in options.max_lag
     ]
 
 
-def predicted(machine: Machine, work: Workload, *, steps: int, split: tuple[int, int] = (0, 0)) -> Plan:
-    """Play a run of so many steps; the first ones, in which the pipeline fills, do not count."""
+def stretch_of(trace: Trace, *, steps: int) -> float:
+    """How many times as long a step of the trace took as one of a model run of the same configuration.
+
+    Messages on their way and threads that have to wake up are not in the model. Where a trace was made without GPUs and
+    is taken for one with them, or the other way round, the two cannot be compared: 1.
+    """
+    if (trace.machine.cores is None) == (trace.config.placement.inference_gpus == 0):
+        return 1.0
+    again = predicted(trace.machine, replace(trace.workload, evaluated_every=0), steps=steps)
+    return again.steps_per_second / trace.steps_per_second
+
+
+def predicted(
+    machine: Machine, work: Workload, *, steps: int, split: tuple[int, int] = (0, 0), stretch: float = 1.0
+) -> Plan:
+    """Play a run of so many steps, each of which takes `stretch` times as long as the model says.
+
+    The first ones, in which the pipeline fills, do not count.
+    """
     played = simulate(machine, work, steps=steps).steps
     steady = played[FIRST_STEPS:]
-    seconds, tokens = sum(step.seconds for step in steady), sum(step.trained_tokens for step in steady)
+    model_seconds, tokens = sum(step.seconds for step in steady), sum(step.trained_tokens for step in steady)
+    seconds = stretch * model_seconds
     before, after = played[FIRST_STEPS - 1].busy_seconds, steady[-1].busy_seconds
-    busy = {name: (after[name] - before.get(name, 0.0)) / seconds for name in after}
+    busy = {name: (after[name] - before.get(name, 0.0)) / model_seconds for name in after}
     return Plan(
         inference_gpus=split[0],
         train_gpus=split[1],
@@ -202,7 +229,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--gpus", type=count, metavar="N", help="GPUs to split; left out: the machine of the trace, without GPUs")
     option("--split", type=_split, action="append", metavar="I+T", help="only this split; may be repeated")
     option("--max-lag", type=_lags, default=LAGS, metavar="K,..", help="staleness bounds to compare [0,1,2,4,8]")
-    option("--cores", type=count, default=cores, help=f"cores that a run without GPUs shares [{cores}]")
+    option(
+        "--cores",
+        type=count,
+        default=cores,
+        help=f"of the machine that the trace was made on, if without GPUs [{cores}]",
+    )
     option("--slots", type=count, metavar="N", help="other engine.slots than the trace")
     option("--sandbox-workers", type=count, metavar="N", help="other sandbox.workers than the trace")
     option("--propose-samples", type=count, metavar="N", help="other flow.propose_samples than the trace")

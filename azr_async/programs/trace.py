@@ -1,6 +1,5 @@
 """What a run's own files say about its speed: metrics.jsonl and config.yaml -> models of the machine and the work."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +20,11 @@ FEWEST_LINES: Final = 8
 """Steps without an evaluation that a trace needs."""
 FIRST_STEPS: Final = 5
 """Left out: the pipeline fills, caches are cold."""
+EVALUATION_STEPS: Final = 3
+"""Left out after each evaluation: the next step waits for it, and what self-play has spent on it is in the usage of
+that step's batch or of one of the two after it, which are asked for while it goes on."""
+PROPORTION_STD: Final = 0.2
+"""How far the share of a training step that is in proportion to its tokens is expected to lie from 1."""
 
 Line = Mapping[str, Any]
 
@@ -52,15 +56,18 @@ def read_trace(run_dir: Path, *, cores: float | None) -> Trace:
         raise ConfigError(f"--trace: there is no {METRICS_FILE} in {run_dir}. Name a folder of a run that has trained.")
     config = load_run_config(run_dir)
     lines = [line for line in MetricsReader(run_dir / METRICS_FILE).new_lines() if "cpu" in line]
+    evaluated = {line["step"] for line in lines if "eval" in line}
     spans = [
         (before, after)
         for before, after in pairwise(lines[FIRST_STEPS - 1 :])
-        if "eval" not in before and "eval" not in after and after["step"] == before["step"] + 1
+        if after["step"] == before["step"] + 1
+        and evaluated.isdisjoint(range(after["step"] - EVALUATION_STEPS, after["step"]))
     ]
     if len(spans) < FEWEST_LINES:
         raise ConfigError(
             f"--trace: {run_dir} has {len(spans)} steps to learn from, after the first {FIRST_STEPS} and without those "
-            f"of evaluations; {FEWEST_LINES} are needed. Make a longer run: python run.py --steps 40."
+            f"of evaluations and the {EVALUATION_STEPS} after each; {FEWEST_LINES} are needed. Make a longer run that "
+            f"evaluates seldom: python run.py --steps 40 --evaluation.every-steps 20."
         )
     evaluations = [line["eval"]["n"] for line in lines if "eval" in line]
     return _calibrated(config, spans, cores, evaluated_samples=evaluations[-1] if evaluations else 0)
@@ -79,16 +86,17 @@ def _calibrated(
     runs = sum(made[cell] * weights[cell] for cell in cells)
     forks = _grown(spans, "sandbox", "forks")
     check_seconds = _grown(spans, "sandbox", "busy_seconds") if cores is None else _total(after, "cpu", "sandbox")
-    engine = _engine(config, spans, cores, notes)
+    step, row, prefill, prompt = _engine(config, spans, cores, notes)
     fixed, per_token = _learner(after, cores)
     pause = median(line["weights"]["pause_seconds"] for line in after)
     push = median(line["weights"]["push_seconds"] for line in after)
     machine = Machine(
         engines=config.inference_workers,
         slots=config.engine.slots,
-        step_seconds=engine[0],
-        row_seconds=engine[1],
-        prompt_seconds=engine[2],
+        step_seconds=step,
+        row_seconds=row,
+        prefill_seconds=prefill,
+        prompt_seconds=prompt,
         sandbox_workers=config.sandbox.workers,
         check_seconds=check_seconds / max(1.0, forks),
         file_seconds=_total(after, "cpu", "selfplay") / max(1.0, samples),
@@ -149,31 +157,58 @@ def _runs_of(cell: Cell, config: Config) -> float:
 
 def _engine(
     config: Config, spans: Sequence[tuple[Line, Line]], cores: float | None, notes: list[str]
-) -> tuple[float, float, float]:
-    """Seconds of a step, of a row in it, of a prompt."""
+) -> tuple[float, float, float, float]:
+    """Seconds of a step, of a row in it, of a prefill, of a prompt in it."""
     if not spans[-1][1]["engines"].get("pace", {}).get("steps"):
         notes.append("the engine does not tell its steps, so its rate is taken to be the same at any concurrency")
         busy = ((line["wall_seconds"] - before["wall_seconds"]) * line["busy"]["inference"] for before, line in spans)
         tokens = _total([line for _, line in spans], "tokens", "generated")
-        return 0.0, sum(busy) * config.inference_workers / max(1.0, tokens), 0.0
-    names = ("steps", "rows", "rows_squared", "step_seconds", "rows_seconds", "prefill_seconds", "prompts")
-    n, x, xx, y, xy, prefill, prompts = (_grown(spans, "engines", "pace", name) for name in names)
-    spread = n * xx - x * x
-    row = max(0.0, (n * xy - x * y) / spread) if spread > 0 else y / x
-    step = max(0.0, (y - row * x) / n)
+        return 0.0, sum(busy) * config.inference_workers / max(1.0, tokens), 0.0, 0.0
+
+    def sums(*names: str) -> list[float]:
+        return [_grown(spans, "engines", "pace", name) for name in names]
+
+    steps = sums("steps", "rows", "rows_squared", "step_seconds", "rows_seconds")
+    prefills = sums("prefills", "prompts", "prompts_squared", "prefill_seconds", "prompts_seconds")
+    step, row = _line(*steps)
+    prefill, prompt = _line(*prefills)
     if cores is not None:  # what the process does besides: moving messages, receiving weights
-        beside = max(0.0, _grown(spans, "engines", "cpu_seconds") - y - prefill)
-        row += beside / max(1.0, x)
-    return step, row, prefill / max(1.0, prompts)
+        beside = max(0.0, _grown(spans, "engines", "cpu_seconds") - steps[3] - prefills[3])
+        row += beside / max(1.0, steps[1])
+    return step, row, prefill, prompt
 
 
 def _learner(lines: Sequence[Line], cores: float | None) -> tuple[float, float]:
-    """Seconds of a step and of a trained token in it: a line through the steps, neither part below zero."""
+    """Seconds of a step and of a trained token in it.
+
+    Batches of one run are so alike that a line through its steps says little about other sizes. Where it leaves that
+    open, a step costs in proportion to its tokens (`PROPORTION_STD`).
+    """
     x = [float(line["tokens"]["trained"]) for line in lines]
     y = [line["train_seconds"] if cores is None else line["cpu"]["learner"] for line in lines]
-    mean_x, mean_y = fmean(x), fmean(y)
-    spread = sum((one - mean_x) ** 2 for one in x)
-    slope = sum((one - mean_x) * (two - mean_y) for one, two in zip(x, y, strict=True)) / spread if spread else math.inf
+    n, products = len(x), sum(one * two for one, two in zip(x, y, strict=True))
+    fixed, slope = _line(n, sum(x), sum(one * one for one in x), sum(y), products)
+    mean = sum(y) / n
+    scatter = sum((two - fixed - slope * one) ** 2 for one, two in zip(x, y, strict=True)) / max(1, n - 2)
+    return _line(n, sum(x), sum(one * one for one in x), sum(y), products, lean=scatter / (PROPORTION_STD * mean) ** 2)
+
+
+def _line(n: float, x: float, xx: float, y: float, xy: float, *, lean: float = 0.0) -> tuple[float, float]:
+    """The least-squares line through n points (x, y), as height and slope, neither below zero; through the origin when
+    all x are the same.
+
+    Args:
+        x: their sum, as of the squares, of y, and of the products.
+        lean: what the slope's prior, that the height is zero, weighs against the points: their variance about the line,
+            in multiples of that of the share of the mean that is not height.
+    """
+    if x <= 0:
+        return 0.0, 0.0
+    mean_x, mean_y = x / max(1.0, n), y / max(1.0, n)  # traces of before 2026-11-23 have not counted prefills
+    spread, common = xx - x * mean_x, xy - x * mean_y
+    if spread + lean * mean_x**2 <= 1e-12 * xx:
+        return 0.0, mean_y / mean_x
+    slope = (common + lean * mean_x * mean_y) / (spread + lean * mean_x**2)
     slope = min(max(slope, 0.0), mean_y / mean_x)
     return mean_y - slope * mean_x, slope
 

@@ -5,7 +5,7 @@ from itertools import count
 from azr_async.adapters.engines.embedded.pace import Pace
 
 
-def test_sums_are_those_of_a_line_through_rows_and_seconds() -> None:
+def test_sums_are_those_of_lines_through_counts_and_seconds() -> None:
     ticks = count(0.0, 0.5)
     pace = Pace(lambda: next(ticks))
     for rows in (3, 5):
@@ -19,7 +19,10 @@ def test_sums_are_those_of_a_line_through_rows_and_seconds() -> None:
         "pace.rows_squared": 34.0,
         "pace.step_seconds": 1.0,
         "pace.rows_seconds": 4.0,
+        "pace.prefills": 1.0,
         "pace.prompts": 2.0,
+        "pace.prompts_squared": 4.0,
         "pace.prompt_tokens": 30.0,
         "pace.prefill_seconds": 0.5,
+        "pace.prompts_seconds": 1.0,
     }

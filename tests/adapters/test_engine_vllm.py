@@ -42,7 +42,10 @@ with warnings.catch_warnings():
     from azr_async.adapters.engines.vllm.engine import OnNewWeights, VllmEngine
     from azr_async.adapters.engines.vllm.opening import open_engine
 
-pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.filterwarnings("ignore"),
+]
 
 T = TypeVar("T")
 CPU = torch.device("cpu")

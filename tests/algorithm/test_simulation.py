@@ -18,6 +18,7 @@ FREE = Machine(
     slots=64,
     step_seconds=0.0,
     row_seconds=0.0,
+    prefill_seconds=0.0,
     prompt_seconds=0.0,
     sandbox_workers=4,
     check_seconds=0.0,
@@ -127,7 +128,7 @@ def test_an_evaluation_holds_the_next_push() -> None:
     engines=st.integers(1, 3),
     slots=st.integers(1, 40),
     valid_rate=st.floats(0.0, 1.0),
-    times=st.lists(st.floats(0.0, 0.1), min_size=8, max_size=8),
+    times=st.lists(st.floats(0.0, 0.1), min_size=9, max_size=9),
     seed=st.integers(0, 99),
 )
 def test_no_model_run_gets_stuck_or_beyond_the_bound(
@@ -139,6 +140,7 @@ def test_no_model_run_gets_stuck_or_beyond_the_bound(
         sandbox_workers=2,
         step_seconds=times[0] + 1e-3,
         row_seconds=times[1],
+        prefill_seconds=times[8],
         prompt_seconds=times[2],
         check_seconds=times[3],
         file_seconds=times[4],

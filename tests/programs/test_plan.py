@@ -12,10 +12,10 @@ import yaml
 from azr_async.config import Config
 from azr_async.errors import ConfigError
 from azr_async.messages import CELLS, cell_name
-from azr_async.programs.plan import main
+from azr_async.programs.plan import main, stretch_of
 from azr_async.programs.trace import read_trace
 
-STEP, ROW, PROMPT, FORK, FILE, LEARNER, TOKEN = 0.004, 0.0001, 0.002, 0.003, 0.0005, 0.05, 0.0001
+STEP, ROW, PREFILL, PROMPT, FORK, FILE, LEARNER, TOKEN = 0.004, 0.0001, 0.001, 0.002, 0.003, 0.0005, 0.05, 0.0001
 
 Run = Callable[..., Path]
 
@@ -24,6 +24,8 @@ def line(step: int, rows: list[int]) -> dict[str, Any]:
     """The numbers that a run with these speeds would write; `rows` are those of each engine step so far."""
     tokens = 1000 + 100 * (step % 3)
     seconds = [STEP + ROW * count for count in rows]
+    prompts = [1 + n % 5 for n in range(10 * step)]
+    prefill_seconds = [PREFILL + PROMPT * count for count in prompts]
     return {
         "step": step,
         "version": step,
@@ -43,15 +45,18 @@ def line(step: int, rows: list[int]) -> dict[str, Any]:
         },
         "sandbox": {"forks": 300.0 * step, "busy_seconds": 300.0 * FORK * step},
         "engines": {
-            "cpu_seconds": sum(seconds) + PROMPT * 30 * step,
+            "cpu_seconds": sum(seconds) + sum(prefill_seconds),
             "pace": {
                 "steps": len(rows),
                 "rows": sum(rows),
                 "rows_squared": sum(count * count for count in rows),
                 "step_seconds": sum(seconds),
                 "rows_seconds": sum(count * second for count, second in zip(rows, seconds, strict=True)),
-                "prompts": 30.0 * step,
-                "prefill_seconds": PROMPT * 30 * step,
+                "prefills": len(prompts),
+                "prompts": sum(prompts),
+                "prompts_squared": sum(count * count for count in prompts),
+                "prefill_seconds": sum(prefill_seconds),
+                "prompts_seconds": sum(count * second for count, second in zip(prompts, prefill_seconds, strict=True)),
             },
         },
     }
@@ -75,6 +80,7 @@ def test_the_speeds_of_a_trace_are_found(run_dir: Run) -> None:
     machine = read_trace(run_dir(), cores=2).machine
     assert machine.step_seconds == pytest.approx(STEP, rel=1e-3)
     assert machine.row_seconds == pytest.approx(ROW, rel=1e-3)
+    assert machine.prefill_seconds == pytest.approx(PREFILL)
     assert machine.prompt_seconds == pytest.approx(PROMPT)
     assert machine.check_seconds == pytest.approx(FORK)
     assert machine.file_seconds == pytest.approx(FILE)
@@ -112,6 +118,51 @@ def test_attempts_that_are_not_trained_cost_as_much_as_those_that_are(run_dir: R
     runs = 8 * sum(cells["propose", task].checks for task in trace.workload.tasks)
     runs += (96 + 8 * 0.9 * 8) * cells["solve", "abduction"].checks + 96 * cells["solve", "induction"].checks
     assert runs == pytest.approx(300)
+
+
+def test_what_an_evaluation_costs_is_nobodys_price(run_dir: Run) -> None:
+    """Its usage comes with the batches of the three steps after it."""
+    folder = run_dir()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines[9]["eval"] = {"n": 900}
+    for one in lines[10:13]:
+        one["cpu"]["selfplay"] *= 3.0
+        one["wall_seconds"] += 1.0
+    for one in lines[13:]:
+        one["wall_seconds"] += 1.0
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    trace = read_trace(folder, cores=2)
+    assert trace.machine.file_seconds == pytest.approx(FILE)
+    assert trace.steps_per_second == pytest.approx(2.0)
+
+
+def test_batches_that_are_alike_cost_in_proportion_to_their_tokens(run_dir: Run) -> None:
+    folder = run_dir()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for number, one in enumerate(lines):
+        one["tokens"]["trained"] = 1000 + number % 2
+        one["cpu"]["learner"] = 0.2 * (1.05 if number % 3 else 0.95)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    machine = read_trace(folder, cores=2).machine
+    assert machine.learner_token_seconds * 1000 == pytest.approx(0.2, rel=0.05)
+    assert machine.learner_seconds < 0.01
+
+
+@pytest.mark.parametrize("stretch", [1.0, 3.0])
+def test_predictions_take_as_long_as_the_trace_did(
+    run_dir: Run, capsys: pytest.CaptureFixture[str], stretch: float
+) -> None:
+    """What the model leaves out is in the trace's rate, and in that of others then."""
+    folder = run_dir()
+    factor = stretch / stretch_of(read_trace(folder, cores=2), steps=40)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for one in lines:
+        one["wall_seconds"] *= factor
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    assert main(["--trace", str(folder), "--max-lag", "2", "--cores", "2", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["plans"][0]["steps_per_second"] == pytest.approx(2.0 / factor)
+    assert any("trust the predictions less" in note for note in answer["notes"]) == (stretch > 1)
 
 
 def test_splits_and_lags_are_predicted_and_one_is_recommended(run_dir: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,7 +89,7 @@ class Engines(Generic[Group]):
             if self._waiting and free >= max(1, machine.slots // 16):
                 joined = [heapq.heappop(self._waiting)[2] for _ in range(min(free, len(self._waiting)))]
                 prompts = len({id(sample.group) for sample in joined})
-                yield from self._compute(machine.prompt_seconds * prompts)
+                yield from self._compute(machine.prefill_seconds + machine.prompt_seconds * prompts)
                 for sample in joined:
                     sample.version = version
                 running += joined

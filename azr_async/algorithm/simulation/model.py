@@ -18,8 +18,10 @@ class Machine:
     """Of an engine's step, whatever the number of its rows; a token for each of them."""
     row_seconds: float
     """More per row."""
+    prefill_seconds: float
+    """Of the prefill of any number of prompts that begin together."""
     prompt_seconds: float
-    """Prefill of one prompt."""
+    """More per prompt."""
     sandbox_workers: int
     check_seconds: float
     """One run of a program in the sandbox."""

@@ -1,4 +1,5 @@
-"""How long the engine takes for what: sums from which a line through (rows, seconds of a step) can be drawn."""
+"""How long the engine takes for what: sums from which a line through (rows, seconds of a step) can be drawn, and one
+through (prompts, seconds of a prefill)."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,9 +33,15 @@ class Pace:
         yield
         seconds = self._clock_seconds() - began
         self._totals.update(  # type: ignore[call-overload]
-            prompts=prompts, prompt_tokens=prompt_tokens, prefill_seconds=seconds
+            prefills=1,
+            prompts=prompts,
+            prompts_squared=prompts * prompts,
+            prompt_tokens=prompt_tokens,
+            prefill_seconds=seconds,
+            prompts_seconds=prompts * seconds,
         )
 
     def numbers(self) -> dict[str, float]:
-        """By metric name; `rows_squared` and `rows_seconds` are sums over the steps, of products in each."""
+        """By metric name; what is `_squared` and `rows_seconds`, `prompts_seconds` are sums of products in each step or
+        prefill."""
         return {f"pace.{name}": float(number) for name, number in self._totals.items()}

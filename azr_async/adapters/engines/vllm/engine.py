@@ -7,8 +7,8 @@ through its public interface for asynchronous reinforcement learning. docs/engin
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from functools import lru_cache
 from typing import Any, Final, Literal
 
@@ -26,6 +26,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from azr_async.adapters.engines.gate import Gate
 from azr_async.adapters.engines.jobs import check_finite, check_job, refusals
 from azr_async.adapters.engines.texts import Texts
+from azr_async.adapters.engines.vllm.stopwatch import Stopwatch
 from azr_async.errors import EngineError, RanksLost, WeightsError
 from azr_async.messages import Completion, GenerateJob, Int32s, JoinWeights
 
@@ -72,7 +73,7 @@ class VllmEngine:
         self._prompt_ids = lru_cache(_PROMPTS_REMEMBERED)(self._texts.prompt_ids)  # all samples of a job have one
         self._version = 0
         self._numbers = itertools.count()
-        self._busy, self._gate = _Stopwatch(), Gate(slots)
+        self._busy, self._gate = Stopwatch(), Gate(slots)
 
     @property
     def busy_seconds(self) -> float:
@@ -118,33 +119,54 @@ class VllmEngine:
     async def update(self, version: int) -> float:
         """Take part in the broadcast of `version` and sample with it from now on; seconds without sampling.
 
+        Through the host's memory weights are received before sampling is paused: vLLM makes no step meanwhile, but
+        every question to it that is asked earlier is one that nobody waits for. Between GPUs they come into the model
+        itself, so the pause comes first.
+
         Raises:
             RanksLost: the broadcast did not come to its end. Where weights go through the host's memory, sampling goes
                 on with the old ones; between GPUs some are overwritten, and it waits until a later update succeeds.
             WeightsError: vLLM did not answer, or what came does not fill the model.
         """
-        self._gate.shut()
+        in_place = self._weights_device != "cpu"
+        if not in_place:
+            await self._start(version)
+        self._gate.shut()  # a sample that begins now would begin with a cached prompt of the old weights
         began_seconds = time.perf_counter()
         with self._busy.held():
-            await self._update(version)
+            if in_place:
+                await self._pause(version)
+                await self._start(version)
+                await self._receive(version)
+            else:
+                try:
+                    await self._receive(version)
+                except RanksLost:
+                    self._gate.open()
+                    raise
+                await self._pause(version)
+            await self._use(version)
         self._gate.open()
         return time.perf_counter() - began_seconds
 
-    async def _update(self, version: int) -> None:
+    async def _pause(self, version: int) -> None:
         async with self._asked_to(f"pause for version {version}", else_raise=WeightsError):
-            await self._llm.pause_generation(
-                mode="abort" if self._on_new_weights == "restart" else "keep",
-                clear_cache=self._on_new_weights != "keep",
-            )
+            if self._on_new_weights == "keep":
+                # What `pause_generation` asks for as well; afterwards that sleeps for 20 ms, to no use here.
+                await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+            else:
+                mode: Literal["abort", "keep"] = "abort" if self._on_new_weights == "restart" else "keep"
+                await self._llm.pause_generation(mode=mode, clear_cache=True)
+
+    async def _start(self, version: int) -> None:
+        async with self._asked_to(f"prepare for version {version}", else_raise=WeightsError):
             await self._llm.start_weight_update()
-        try:
-            async with self._asked_to(f"receive version {version}", else_raise=RanksLost):
-                await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"version": version}))
-        except RanksLost:
-            if self._weights_device == "cpu":
-                await self._llm.resume_generation()
-                self._gate.open()
-            raise
+
+    async def _receive(self, version: int) -> None:
+        async with self._asked_to(f"receive version {version}", else_raise=RanksLost):
+            await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"version": version}))
+
+    async def _use(self, version: int) -> None:
         async with self._asked_to(f"use version {version}", else_raise=WeightsError):
             await self._llm.finish_weight_update(weight_version=str(version))
             self._version = version
@@ -255,44 +277,3 @@ def _token_versions(output: CompletionOutput, count: int) -> NDArray[np.int32]:
     if count and version_T.min() < 0:
         raise EngineError("vLLM did not say which weights sampled a token. Install the vLLM that pyproject.toml names.")
     return version_T
-
-
-class _Stopwatch:
-    """Wall time in which at least one of many overlapping things was going on."""
-
-    def __init__(self) -> None:
-        self._total_seconds = 0.0
-        self._running = 0
-        self._is_held = False
-        self._since_seconds = 0.0
-
-    def seconds(self) -> float:
-        """Total so far."""
-        going_on = time.perf_counter() - self._since_seconds if self._running and not self._is_held else 0.0
-        return self._total_seconds + going_on
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Nothing counts inside of the block."""
-        self._stop()
-        self._is_held = True
-        try:
-            yield
-        finally:
-            self._is_held = False
-            self._since_seconds = time.perf_counter()
-
-    def _stop(self) -> None:
-        self._total_seconds = self.seconds()
-        self._since_seconds = time.perf_counter()
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """One thing goes on inside of the block."""
-        self._stop()
-        self._running += 1
-        try:
-            yield
-        finally:
-            self._stop()
-            self._running -= 1
