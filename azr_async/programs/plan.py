@@ -22,10 +22,6 @@ ENOUGH: Final = 0.02
 """Plans that differ by less are equal, and the one with the younger data is recommended."""
 LARGE_STRETCH: Final = 1.25
 """Beyond it the model has missed something, and its user is told."""
-STRETCHED: Final = (
-    "the trace is not what its own numbers let expect (another load on its machine?), so trust the predictions less; "
-    "they are stretched as the trace is, in time by a factor of"
-)
 
 DESCRIPTION: Final = """\
 Predict rate, busy shares and staleness of splits and staleness bounds that have not been run, from one run that has
@@ -91,7 +87,11 @@ def plan(options: argparse.Namespace) -> tuple[Trace, list[Plan]]:
     trace = read_trace(options.trace, cores=options.cores if options.gpus is None else None)
     stretch = stretch_of(trace, steps=options.steps)
     if not 1.0 / LARGE_STRETCH <= stretch <= LARGE_STRETCH:
-        trace = replace(trace, notes=(*trace.notes, f"{STRETCHED} {stretch:.2f}"))
+        note = (
+            f"a step of the trace took {stretch:.2f} times as long as its own numbers let expect (another load on its "
+            "machine?); the predictions take as much longer, and are to be trusted less"
+        )
+        trace = replace(trace, notes=(*trace.notes, note))
     work = replace(
         trace.workload,
         propose_samples=options.propose_samples or trace.workload.propose_samples,

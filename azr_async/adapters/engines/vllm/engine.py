@@ -119,9 +119,9 @@ class VllmEngine:
     async def update(self, version: int) -> float:
         """Take part in the broadcast of `version` and sample with it from now on; seconds without sampling.
 
-        Through the host's memory weights are received before sampling is paused: vLLM makes no step meanwhile, but
-        every question to it that is asked earlier is one that nobody waits for. Between GPUs they come into the model
-        itself, so the pause comes first.
+        Weights that go through the host's memory are received before vLLM is paused, for its model stays whole until
+        they are put to use; it makes no step while it receives. Between GPUs they come into the model itself, so the
+        pause comes first.
 
         Raises:
             RanksLost: the broadcast did not come to its end. Where weights go through the host's memory, sampling goes
