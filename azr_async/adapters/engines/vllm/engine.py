@@ -1,7 +1,8 @@
 """vLLM behind the same jobs, pushes and canaries as the embedded engine.
 
 vLLM runs in processes of its own; what happens there - batching, the key-value cache, receiving weights - is asked for
-through its public interface for asynchronous reinforcement learning. docs/engines.md tells the whole story.
+through its public interface for asynchronous reinforcement learning, but for the pause (`_pause` says why).
+docs/engines.md tells the whole story.
 """
 
 import asyncio
@@ -152,7 +153,8 @@ class VllmEngine:
     async def _pause(self, version: int) -> None:
         async with self._asked_to(f"pause for version {version}", else_raise=WeightsError):
             if self._on_new_weights == "keep":
-                # What `pause_generation` asks for as well; afterwards that sleeps for 20 ms, to no use here.
+                # What `pause_generation` asks for as well; afterwards that sleeps for 20 ms, so that its caller reads
+                # the last step's results before it goes on. Here nothing depends on it, and it is a third of a pause.
                 await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
             else:
                 mode: Literal["abort", "keep"] = "abort" if self._on_new_weights == "restart" else "keep"
