@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from azr_async.adapters.sandbox.crew import WALL
+from azr_async.adapters.sandbox.crew import ATTEMPTS, WALL
 from azr_async.adapters.sandbox.pool import SandboxPool
+from azr_async.adapters.sandbox.slots import Slot
+from azr_async.adapters.sandbox.verdicts import Limits, Report
+from azr_async.errors import SandboxError
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,6 +65,29 @@ async def test_the_wall_is_verified_and_no_canary_gets_out() -> None:
     async with SandboxPool(workers=1) as pool:
         layers = pool.layers
     assert [layer for layer in (*WALL, "canaries") if not layers[layer].startswith("verified")] == []
+
+
+@pytest.mark.parametrize(("deaths", "holds"), [(1, True), (99, False)])
+async def test_a_zygote_that_ends_under_a_canary_is_its_doing_only_if_it_does_so_every_time(
+    monkeypatch: pytest.MonkeyPatch, deaths: int, holds: bool
+) -> None:
+    run, struck = Slot.run, list[int]()
+
+    async def killing(slot: Slot, request: bytes, limits: Limits, *, inputs: int) -> Report:
+        if b"Ploop for ever" in request and len(struck) < deaths:
+            slot.helper.strike()
+            struck.append(slot.helper.process.pid)
+        return await run(slot, request, limits, inputs=inputs)
+
+    monkeypatch.setattr(Slot, "run", killing)
+    pool = SandboxPool(workers=1)
+    if holds:
+        async with pool:
+            assert pool.layers["canaries"].startswith("verified")
+    else:
+        with pytest.raises(SandboxError, match="loop for ever and end its zygote"):
+            await pool.__aenter__()
+    assert len(struck) == (1 if holds else ATTEMPTS)
 
 
 @pytest.mark.parametrize(

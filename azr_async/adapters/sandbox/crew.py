@@ -159,16 +159,23 @@ class Crew:
         self.layers["canaries"] = f"verified {held}" if not escaped else f"escaped: {', '.join(escaped)}; {held}"
 
     async def _release(self, name: str) -> bytes:
-        """What one canary wrote. Raises StartFailed when its process cannot be had, HelperGone when its zygote ends."""
+        """What one canary wrote.
+
+        Raises StartFailed when its process cannot be had, HelperGone when its zygote ends every time: once, or silent
+        once, it may have been for want of memory or time.
+        """
         attempts_left = ATTEMPTS
         while True:
             try:
                 async with self._lanes[0].member() as slot:
                     return (await slot.run(with_length(CANARY + name.encode()), CANARY_LIMITS, inputs=1)).content
-            except NotBegun as error:  # it says nothing about the canary
+            except HelperGone as error:
                 attempts_left -= 1
-                if not attempts_left:
+                if attempts_left:
+                    continue
+                if isinstance(error, NotBegun):  # it says nothing about the canary
                     raise StartFailed(no_room("zygote", str(error))) from None
+                raise
 
     def _refuse(self, problem: str) -> None:
         """Refuse to go on, if that is what was asked for; otherwise only say so."""
