@@ -1,7 +1,9 @@
 """How well does `python -m azr_async plan` predict? A run calibrates it; a run of other settings right after checks it.
 
 Every run is a whole one, on this machine. Without GPUs its programs share the cores, which the planner models as such.
-All calibrating runs have the same settings: how far their rates lie apart tells how steady the machine was.
+All calibrating runs have the same settings: how far their rates lie apart tells how steady the machine was. A held-back
+run has as many samples as the calibrating one: a model that learns changes the work, for as it repeats itself, more and
+more of its answers need no sandbox.
 
     python benchmarks/planner.py --output benchmarks/results/planner.json
     python benchmarks/planner.py --runs DIR --only slots,lag-0      # keep the runs; make or check just these
@@ -24,7 +26,8 @@ from azr_async.programs.plan import predicted, stretch_of
 from azr_async.programs.trace import FIRST_STEPS, read_trace
 
 QUIET: Final = ("--evaluation.suite", "none")
-CALIBRATION: Final = ("--max-lag", "2", "--evaluation.every-steps", "12", "--steps", "30")
+STEPS: Final = 30
+CALIBRATION: Final = ("--max-lag", "2", "--evaluation.every-steps", "12", "--steps", str(STEPS))
 HELD_BACK: Final[dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]]] = {
     "no-evaluation": (("--max-lag", "2", *QUIET), {}, {}),
     "lag-0": (("--max-lag", "0", *QUIET), {}, {"max_lag": 0}),
@@ -32,12 +35,12 @@ HELD_BACK: Final[dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]
     "lag-4": (("--max-lag", "4", *QUIET), {}, {"max_lag": 4}),
     "slots-64": (("--engine.slots", "64", *QUIET), {"slots": 64}, {}),
     "half-batch": (
-        ("--flow.propose-samples", "4", "--flow.solve-samples", "48", *QUIET),
+        ("--flow.propose-samples", "4", "--flow.solve-samples", "48", "--steps", str(2 * STEPS), *QUIET),
         {},
         {"propose_samples": 4, "solve_samples": 48},
     ),
     "double-batch": (
-        ("--flow.propose-samples", "16", "--flow.solve-samples", "192", *QUIET),
+        ("--flow.propose-samples", "16", "--flow.solve-samples", "192", "--steps", str(STEPS // 2), *QUIET),
         {},
         {"propose_samples": 16, "solve_samples": 192},
     ),
@@ -56,7 +59,7 @@ def main() -> None:
         names = arguments.only.split(",") if arguments.only else list(HELD_BACK)
         for name in names:
             _lines(folder / f"{name}-calibration", *CALIBRATION)
-            _lines(folder / name, *HELD_BACK[name][0], "--steps", str(arguments.steps))
+            _lines(folder / name, "--steps", str(STEPS), *HELD_BACK[name][0])
         rows = [compared(folder, name, arguments.cores) for name in names]
     show(rows)
     write_json(arguments.output, "planner", rows)
@@ -126,7 +129,6 @@ def _lines(folder: Path, *options: str) -> list[dict[str, Any]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="of every held-back run")
     parser.add_argument("--only", help=f"names of held-back runs, of {', '.join(HELD_BACK)}")
     parser.add_argument("--runs", type=Path, help="folder that keeps the runs; those that it has are not made again")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="that the programs of a run share")

@@ -151,17 +151,19 @@ class EngineThread:
                 f"version {order.version} was pushed before {self._name} was asked to join a weight group. "
                 "The learner has to send JoinWeights first; run the same version of azr_async everywhere."
             )
-        began_seconds = time.perf_counter()
+        began_seconds, began_clock = time.perf_counter(), self._engine.clock_seconds()
         if self._weights_device.type == "cuda":
             self._is_whole = False
             self._engine.begin_update()
             self._check_version(order, self._group.receive(self._engine.install)[0])
             self._use(order, began_seconds)
+            self._engine.pace.installed(self._engine.clock_seconds() - began_clock)
             self._is_whole = True
         else:
             tensors: list[tuple[str, Tensor]] = []
             self._check_version(order, self._group.receive(tensors.extend)[0])
-            self._deeds.put(partial(self._install, order, tensors))
+            cost_seconds = self._engine.clock_seconds() - began_clock  # of this thread
+            self._deeds.put(partial(self._install, order, tensors, cost_seconds))
 
     def _check_version(self, order: PushWeights, version: int) -> None:
         if version != order.version:
@@ -170,11 +172,12 @@ class EngineThread:
                 "Resume from the last checkpoint; if it happens again, report it."
             )
 
-    def _install(self, order: PushWeights, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        began_seconds = time.perf_counter()
+    def _install(self, order: PushWeights, tensors: Iterable[tuple[str, Tensor]], received_seconds: float) -> None:
+        began_seconds, began_clock = time.perf_counter(), self._engine.clock_seconds()
         self._engine.begin_update()
         self._engine.install(tensors)
         self._use(order, began_seconds)
+        self._engine.pace.installed(received_seconds + self._engine.clock_seconds() - began_clock)
 
     def _use(self, order: PushWeights, began_seconds: float) -> None:
         """Sample with the installed weights from now on, and tell what they say about the canary sequences."""

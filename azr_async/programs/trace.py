@@ -86,7 +86,7 @@ def _calibrated(
     runs = sum(made[cell] * weights[cell] for cell in cells)
     forks = _grown(spans, "sandbox", "forks")
     check_seconds = _grown(spans, "sandbox", "busy_seconds") if cores is None else _total(after, "cpu", "sandbox")
-    step, row, prefill, prompt = _engine(config, spans, cores, notes)
+    step, row, prefill, prompt, install = _engine(config, spans, cores, notes)
     fixed, per_token = _learner(after, cores)
     pause = median(line["weights"]["pause_seconds"] for line in after)
     push = median(line["weights"]["push_seconds"] for line in after)
@@ -103,7 +103,7 @@ def _calibrated(
         learner_seconds=fixed,
         learner_token_seconds=per_token,
         push_seconds=max(0.0, push - pause) if cores is None else 0.0,  # else it is CPU time, and counted already
-        pause_seconds=pause,
+        pause_seconds=pause if install is None else install,
         cores=cores,
     )
     lags = [(line["lag"]["mean"], line["ess"]) for line in after if line["lag"]["mean"] > 0 and line["ess"]]
@@ -157,13 +157,14 @@ def _runs_of(cell: Cell, config: Config) -> float:
 
 def _engine(
     config: Config, spans: Sequence[tuple[Line, Line]], cores: float | None, notes: list[str]
-) -> tuple[float, float, float, float]:
-    """Seconds of a step, of a row in it, of a prefill, of a prompt in it."""
+) -> tuple[float, float, float, float, float | None]:
+    """Seconds of a step, of a row in it, of a prefill, of a prompt in it; CPU seconds of taking over new weights, if
+    they are known and count."""
     if not spans[-1][1]["engines"].get("pace", {}).get("steps"):
         notes.append("the engine does not tell its steps, so its rate is taken to be the same at any concurrency")
         busy = ((line["wall_seconds"] - before["wall_seconds"]) * line["busy"]["inference"] for before, line in spans)
         tokens = _total([line for _, line in spans], "tokens", "generated")
-        return 0.0, sum(busy) * config.inference_workers / max(1.0, tokens), 0.0, 0.0
+        return 0.0, sum(busy) * config.inference_workers / max(1.0, tokens), 0.0, 0.0, None
 
     def sums(*names: str) -> list[float]:
         return [_grown(spans, "engines", "pace", name) for name in names]
@@ -172,10 +173,13 @@ def _engine(
     prefills = sums("prefills", "prompts", "prompts_squared", "prefill_seconds", "prompts_seconds")
     step, row = _line(*steps)
     prefill, prompt = _line(*prefills)
-    if cores is not None:  # what the process does besides: moving messages, receiving weights
-        beside = max(0.0, _grown(spans, "engines", "cpu_seconds") - steps[3] - prefills[3])
-        row += beside / max(1.0, steps[1])
-    return step, row, prefill, prompt
+    if cores is None:
+        return step, row, prefill, prompt, None
+    installs, install_seconds = sums("installs", "install_seconds")
+    # what the process does besides: moving messages
+    beside = max(0.0, _grown(spans, "engines", "cpu_seconds") - steps[3] - prefills[3] - install_seconds)
+    row += beside / max(1.0, steps[1])
+    return step, row, prefill, prompt, install_seconds / installs if installs else None
 
 
 def _learner(lines: Sequence[Line], cores: float | None) -> tuple[float, float]:

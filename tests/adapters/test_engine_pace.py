@@ -13,6 +13,8 @@ def test_sums_are_those_of_lines_through_counts_and_seconds() -> None:
             pass
     with pace.prefill(2, 30):
         pass
+    pace.installed(0.25)
+    pace.installed(0.5)
     assert pace.numbers() == {
         "pace.steps": 2.0,
         "pace.rows": 8.0,
@@ -25,4 +27,6 @@ def test_sums_are_those_of_lines_through_counts_and_seconds() -> None:
         "pace.prompt_tokens": 30.0,
         "pace.prefill_seconds": 0.5,
         "pace.prompts_seconds": 1.0,
+        "pace.installs": 2.0,
+        "pace.install_seconds": 0.75,
     }

@@ -17,6 +17,7 @@ from azr_async.programs.plan import main, stretch_of
 from azr_async.programs.trace import read_trace
 
 STEP, ROW, PREFILL, PROMPT, FORK, FILE, LEARNER, TOKEN = 0.004, 0.0001, 0.001, 0.002, 0.003, 0.0005, 0.05, 0.0001
+INSTALL = 0.015
 
 Run = Callable[..., Path]
 
@@ -46,7 +47,7 @@ def line(step: int, rows: list[int]) -> dict[str, Any]:
         },
         "sandbox": {"forks": 300.0 * step, "busy_seconds": 300.0 * FORK * step},
         "engines": {
-            "cpu_seconds": sum(seconds) + sum(prefill_seconds),
+            "cpu_seconds": sum(seconds) + sum(prefill_seconds) + INSTALL * step,
             "pace": {
                 "steps": len(rows),
                 "rows": sum(rows),
@@ -58,6 +59,8 @@ def line(step: int, rows: list[int]) -> dict[str, Any]:
                 "prompts_squared": sum(count * count for count in prompts),
                 "prefill_seconds": sum(prefill_seconds),
                 "prompts_seconds": sum(count * second for count, second in zip(prompts, prefill_seconds, strict=True)),
+                "installs": step,
+                "install_seconds": INSTALL * step,
             },
         },
     }
@@ -95,7 +98,8 @@ def test_the_speeds_of_a_trace_are_found(run_dir: Run) -> None:
     assert machine.file_seconds == pytest.approx(FILE)
     assert machine.learner_seconds == pytest.approx(LEARNER)
     assert machine.learner_token_seconds == pytest.approx(TOKEN)
-    assert (machine.cores, machine.pause_seconds) == (2, 0.01)
+    assert machine.pause_seconds == pytest.approx(INSTALL)
+    assert machine.cores == 2
 
 
 def test_what_an_engine_did_before_the_steps_that_count_does_not(run_dir: Run) -> None:
@@ -109,14 +113,18 @@ def test_what_an_engine_did_before_the_steps_that_count_does_not(run_dir: Run) -
     assert machine.prompt_seconds == pytest.approx(PROMPT)
 
 
-def test_a_trace_that_has_not_counted_its_prefills_knows_what_a_prompt_takes(run_dir: Run) -> None:
-    """As those of before 2026-11-23."""
+def test_a_trace_without_counted_prefills_and_installs_knows_what_prompts_and_rows_take(
+    run_dir: Run,
+) -> None:
+    """As those of before 2026-11-24."""
     folder = run_dir()
     with rewritten(folder) as lines:
         for one in lines:
-            for name in ("prefills", "prompts_squared", "prompts_seconds"):
+            for name in ("prefills", "prompts_squared", "prompts_seconds", "installs", "install_seconds"):
                 del one["engines"]["pace"][name]
     machine = read_trace(folder, cores=2).machine
+    assert machine.pause_seconds == 0.01
+    assert machine.row_seconds > ROW  # what is not counted as anything else is put upon the rows
     assert machine.prefill_seconds == 0.0
     assert machine.prompt_seconds == pytest.approx(PROMPT + PREFILL / 3)
 

@@ -34,7 +34,7 @@ class Machine:
     push_seconds: float
     """From the end of a step until the engines have its weights, without their pause."""
     pause_seconds: float
-    """In which an engine samples nothing, per push."""
+    """In which an engine samples nothing, per push; where cores are shared, what it costs to take weights over."""
     cores: float | None = None
     """Shared by all of this; None: every part has a device of its own."""
 

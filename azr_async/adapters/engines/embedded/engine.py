@@ -56,7 +56,9 @@ class EmbeddedEngine:
         self._running = 0
         with torch.inference_mode():
             self._forward = Forward(model)
-            self.pace = Pace(time.thread_time if self._forward.device.type == "cpu" else time.perf_counter)
+            self.clock_seconds = time.thread_time if self._forward.device.type == "cpu" else time.perf_counter
+            """Of what the work costs: on a CPU the processor time of the thread that asks."""
+            self.pace = Pace(self.clock_seconds)
             self._cache = self._forward.empty_cache(slots=slots, context_tokens=context_tokens)
 
     @property

@@ -1,5 +1,5 @@
 """How long the engine takes for what: sums from which a line through (rows, seconds of a step) can be drawn, and one
-through (prompts, seconds of a prefill)."""
+through (prompts, seconds of a prefill); and what new weights cost it."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -40,6 +40,10 @@ class Pace:
             prefill_seconds=seconds,
             prompts_seconds=prompts * seconds,
         )
+
+    def installed(self, seconds: float) -> None:
+        """New weights were received, put into place and tried on the canaries in so many seconds."""
+        self._totals.update(installs=1, install_seconds=seconds)  # type: ignore[call-overload]
 
     def numbers(self) -> dict[str, float]:
         """By metric name; what is `_squared` and `rows_seconds`, `prompts_seconds` are sums of products in each step or
