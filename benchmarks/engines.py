@@ -29,7 +29,7 @@ from whole_runs import write_json
 
 from azr_async.adapters.engines.embedded import EmbeddedEngine
 from azr_async.adapters.models import load_model, model_source
-from azr_async.adapters.weights.vllm_plugin import BACKEND
+from azr_async.adapters.weights.vllm_plugin import BACKEND, EXTENSION
 from azr_async.algorithm.dialogue import make_dialogue
 from azr_async.config import Config
 from azr_async.messages import GenerateJob, Prompt
@@ -141,7 +141,7 @@ def vllm(slots: int) -> Iterator[Callable[[list[Prompt]], int]]:
     loop = asyncio.new_event_loop()
     settings = {"slots": slots, "context_tokens": CONTEXT_TOKENS, "kind": "vllm"}
     config = Config.model_validate({"engine": settings})
-    engine = open_engine(model_source("starter"), config, transfer_backend=BACKEND, seed=1)
+    engine = open_engine(model_source("starter"), config, transfer_backend=BACKEND, worker_extension=EXTENSION, seed=1)
 
     async def sample_all(jobs: list[GenerateJob]) -> None:
         async with asyncio.timeout(DEADLINE_SECONDS):

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from azr_async.adapters.models import model_source
-from azr_async.adapters.weights.vllm_plugin import BACKEND
+from azr_async.adapters.weights.vllm_plugin import BACKEND, EXTENSION
 from azr_async.algorithm.jobs import engine_seed
 from azr_async.config import Config
 from azr_async.errors import EngineError, RanksLost, WeightsError
@@ -155,4 +155,4 @@ def _open(config: Config, name: str) -> "VllmEngine":
             "torchaudio torchcodec`, which were not built for this torch. Or use --engine transformers."
         ) from error
     source, seed = model_source(config.model.path), engine_seed(config.run.seed, name)
-    return open_engine(source, config, transfer_backend=BACKEND, seed=seed)
+    return open_engine(source, config, transfer_backend=BACKEND, worker_extension=EXTENSION, seed=seed)

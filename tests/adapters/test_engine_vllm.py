@@ -27,7 +27,7 @@ from torch.distributed import TCPStore
 from transformers import PreTrainedModel
 
 from azr_async.adapters.weights import WeightGroup, host_store
-from azr_async.adapters.weights.vllm_plugin import BACKEND
+from azr_async.adapters.weights.vllm_plugin import BACKEND, EXTENSION
 from azr_async.config import Config
 from azr_async.errors import EngineError, RanksLost, WeightsError
 from azr_async.messages import CancelJob, Completion, GenerateJob, GenerationResults, JoinWeights, Prompt
@@ -155,9 +155,8 @@ def running(kind: str, folder: Path) -> Iterator[Served]:
                 "propose": {"max_tokens": 64},
             }
         )
-        engine = starter.submit(partial(open_engine, str(folder), config, transfer_backend=BACKEND, seed=1)).result(
-            180.0
-        )
+        settings = {"transfer_backend": BACKEND, "worker_extension": EXTENSION, "seed": 1}
+        engine = starter.submit(partial(open_engine, str(folder), config, **settings)).result(180.0)
         one = Served(loop, engine, random_model(kind, **SHAPE), host_store("127.0.0.1", 0))
         one.do(one.build_group())
         one.do(one.push(named(one.model)))
@@ -294,6 +293,29 @@ def test_restarted_sequences_are_of_one_version(served: Served) -> None:
     assert renewed, "no sequence met the update"
     for completion in renewed:
         assert_allclose(completion.behavior_logp, full_pass_logp(served.model, completion), atol=1e-4)
+
+
+def test_samples_go_on_while_weights_arrive(served: Served) -> None:
+    served.version += 1
+    tensors, has_sampled = changed(served.model, 32), threading.Event()
+
+    def slowly() -> Iterator[tuple[str, Tensor]]:
+        yield from tensors[:2]
+        assert has_sampled.wait(DEADLINE_SECONDS / 2), "no sample came while the engine was receiving"
+        yield from tensors[2:]
+
+    async def sample_meanwhile() -> Completion:
+        sending = asyncio.create_task(asyncio.to_thread(served.send, slowly(), served.version))
+        updating = asyncio.create_task(served.engine.update(served.version))
+        while all(await served.engine._llm.collective_rpc("weights_have_arrived")):
+            pass
+        one = await served.engine.sample(a_job(1, max_tokens=5), 0)
+        has_sampled.set()
+        await asyncio.gather(sending, updating)
+        return one
+
+    assert set(served.do(sample_meanwhile()).token_version.tolist()) == {served.version - 1}
+    assert served.canary_error() < 1e-4
 
 
 def swapped(tensors: list[tuple[str, Tensor]], first: str, second: str) -> list[tuple[str, Tensor]]:

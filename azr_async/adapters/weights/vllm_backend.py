@@ -5,8 +5,9 @@ own, because those that vLLM brings wait without a deadline, check no digest, an
 """
 
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -15,12 +16,18 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers import utils as layer_utils
+from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from azr_async.adapters.weights.group import WeightGroup
 from azr_async.adapters.weights.store import connect_store
 from azr_async.errors import WeightsError
+
+_USED_AS_LOADED: Final = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+"""On a CPU; see `_multiply_unpacked`."""
 
 
 @dataclass
@@ -44,7 +51,12 @@ class Receive(WeightTransferUpdateInfo):
 
 
 class BroadcastTransfer(WeightTransferEngine[Join, Receive]):
-    """One process of the engine as one rank."""
+    """One process of the engine as one rank.
+
+    Through the host's memory an update is received beside the engine's steps, from `start_weight_update` on, and put
+    into place by `finish_weight_update`: so the model stays whole when a rank is lost on the way. Between GPUs, where
+    there is no room for a second copy, tensors are put into place as they come.
+    """
 
     init_info_cls = Join
     update_info_cls = Receive
@@ -53,6 +65,9 @@ class BroadcastTransfer(WeightTransferEngine[Join, Receive]):
         super().__init__(*context)
         self._group: WeightGroup | None = None
         self._is_direct = False
+        self._is_plain = self.device.type == "cpu" and not any(map(_is_rearranged, self.model.modules()))
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._arriving: Future[int] = Future()
         self._received: list[tuple[str, Tensor]] = []
         self._missing: set[str] = set()
 
@@ -71,24 +86,27 @@ class BroadcastTransfer(WeightTransferEngine[Join, Receive]):
         )
 
     def start_weight_update(self) -> None:
-        """From now on every parameter counts as missing."""
-        self._missing = {name for name, _ in self.model.named_parameters()}
-
-    def receive_weights(self, update_info: Receive) -> None:
-        """Raises WeightsError when rank 0 stops, or sends another version than announced.
-
-        Between GPUs tensors are put into place as they come. Through the host's memory only at the end of the update:
-        so the model stays whole when a rank is lost on the way.
-        """
+        """From now on every parameter counts as missing. Raises WeightsError when no group was joined."""
         if self._group is None:
             raise WeightsError(
-                f"version {update_info.version} was pushed before this engine joined a weight group. "
+                "weights were pushed before this engine joined a weight group. "
                 "The learner has to send JoinWeights first; run the same version of azr_async everywhere."
             )
-        self._received = []
-        if self._is_direct:
-            initialize_layerwise_reload(self.model)
-        version, _ = self._group.receive(self._load if self._is_direct else self._received.extend)
+        self._missing = {name for name, _ in self.model.named_parameters()}
+        if not self._is_direct:
+            self._arriving = self._beside.submit(self._receive, self._group)
+
+    def has_arrived(self) -> bool:
+        """`receive_weights` would not have to wait."""
+        return self._is_direct or self._arriving.done()
+
+    def receive_weights(self, update_info: Receive) -> None:
+        """Raises RanksLost when rank 0 stops, WeightsError when it sends another version than announced."""
+        if self._group is not None and self._is_direct:
+            self._begin_loading()
+            version, _ = self._group.receive(self._load)
+        else:
+            version = self._arriving.result()
         if version != update_info.version:
             raise WeightsError(
                 f"the engine was told of version {update_info.version} but received version {version}. "
@@ -101,7 +119,7 @@ class BroadcastTransfer(WeightTransferEngine[Join, Receive]):
         Raises WeightsError when a parameter did not come. The model is of no use then.
         """
         if not self._is_direct:
-            initialize_layerwise_reload(self.model)
+            self._begin_loading()
             self._load(self._received)
             self._received = []
         if self._missing:
@@ -109,9 +127,12 @@ class BroadcastTransfer(WeightTransferEngine[Join, Receive]):
                 f"the learner's weights came without {len(self._missing)} parameters of the engine's model, among them "
                 f"{min(self._missing)}. Start every program of a run from the same model.path."
             )
-        finalize_layerwise_reload(self.model, self.model_config)
-        if self.device.type == "cpu":
-            _repack_heads(self.model)
+        if not self._is_plain:
+            finalize_layerwise_reload(self.model, self.model_config)
+
+    def _receive(self, group: WeightGroup) -> int:
+        self._received = []
+        return group.receive(self._received.extend)[0]
 
     def shutdown(self) -> None:
         """Leave the group."""
@@ -119,13 +140,37 @@ class BroadcastTransfer(WeightTransferEngine[Join, Receive]):
             self._group.close()
             self._group = None
 
+    def _begin_loading(self) -> None:
+        """Where vLLM uses other tensors than those of the checkpoint, it has to make them anew."""
+        if not self._is_plain:
+            initialize_layerwise_reload(self.model)
+
     def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         loaded = self.model.load_weights(tensors)
         self._missing -= loaded if loaded is not None else self._missing
 
 
-def _repack_heads(model: torch.nn.Module) -> None:
-    """On CPUs output layers multiply with a packed copy of their weights, which a reload of tied ones leaves old."""
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
+class Watched:
+    """What vLLM's workers can be asked besides: see `worker_extension_cls`."""
+
+    weight_transfer_engine: BroadcastTransfer
+
+    def weights_have_arrived(self) -> bool:
+        """See `BroadcastTransfer.has_arrived`."""
+        return self.weight_transfer_engine.has_arrived()
+
+
+def _multiply_unpacked(layer: torch.nn.Module, remove_weight: bool) -> None:
+    """On a CPU vLLM multiplies with packed copies of the weights, which would have to be made anew at every push.
+
+    Nothing public turns that off; this is what vLLM does itself with a layer that is marked for it.
+    """
+    layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]
+
+
+layer_utils.dispatch_cpu_unquantized_gemm = _multiply_unpacked  # Watched is imported before the model is loaded
+
+
+def _is_rearranged(module: torch.nn.Module) -> bool:
+    method = getattr(module, "quant_method", None)
+    return isinstance(module, MLAAttention) or (method is not None and not isinstance(method, _USED_AS_LOADED))

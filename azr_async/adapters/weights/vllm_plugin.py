@@ -11,6 +11,9 @@ from typing import Final
 BACKEND: Final = "azr_async"
 """The name under which `vllm_backend.BroadcastTransfer` is asked for."""
 
+EXTENSION: Final = "azr_async.adapters.weights.vllm_backend.Watched"
+"""What vLLM's workers can be asked besides; vLLM imports it before it loads a model."""
+
 _PR_SET_PDEATHSIG: Final = 1
 
 

@@ -36,6 +36,8 @@ OnNewWeights = Literal["keep", "recompute", "restart"]
 _PROMPTS_REMEMBERED: Final = 1024
 CANARY_SLOTS: Final = 4
 """Sequences that vLLM has room for beside the samples, so that a canary waits for none of them."""
+_LOOK_SECONDS: Final = 0.005
+"""How often vLLM's processes are asked whether they have received what comes beside their steps."""
 _FIRST_OF_ALL: Final = -(2**31)
 _AS_LOADED: Final = "default"
 """What vLLM calls the weights that it has read from the disk; the embedded engine's version 0."""
@@ -120,9 +122,9 @@ class VllmEngine:
     async def update(self, version: int) -> float:
         """Take part in the broadcast of `version` and sample with it from now on; seconds without sampling.
 
-        Weights that go through the host's memory are received before vLLM is paused, for its model stays whole until
-        they are put to use; it makes no step while it receives. Between GPUs they come into the model itself, so the
-        pause comes first.
+        Weights that go through the host's memory are received beside its steps, for its model stays whole until they
+        are put to use. Between GPUs they come into the model itself, so the pause comes first. It begins when vLLM
+        answers that it pauses: until then the step under way goes on.
 
         Raises:
             RanksLost: the broadcast did not come to its end. Where weights go through the host's memory, sampling goes
@@ -132,20 +134,14 @@ class VllmEngine:
         in_place = self._weights_device != "cpu"
         if not in_place:
             await self._start(version)
+            await self._receive(version)
         self._gate.shut()  # a sample that begins now would begin with a cached prompt of the old weights
+        await self._pause(version)
         began_seconds = time.perf_counter()
         with self._busy.held():
             if in_place:
-                await self._pause(version)
                 await self._start(version)
                 await self._receive(version)
-            else:
-                try:
-                    await self._receive(version)
-                except RanksLost:
-                    self._gate.open()
-                    raise
-                await self._pause(version)
             await self._use(version)
         self._gate.open()
         return time.perf_counter() - began_seconds
@@ -166,6 +162,9 @@ class VllmEngine:
 
     async def _receive(self, version: int) -> None:
         async with self._asked_to(f"receive version {version}", else_raise=RanksLost):
+            # It tells nothing that it is not asked for, and would make no step while it waits.
+            while not all(await self._llm.collective_rpc("weights_have_arrived")):  # noqa: ASYNC110
+                await asyncio.sleep(_LOOK_SECONDS)
             await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"version": version}))
 
     async def _use(self, version: int) -> None:

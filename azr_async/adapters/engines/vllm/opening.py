@@ -16,7 +16,7 @@ _CPU_BLOCK_TOKENS: Final = 128
 """vLLM's block of the key-value cache on a CPU; a sequence fills whole ones."""
 
 
-def open_engine(source: str, config: Config, *, transfer_backend: str, seed: int) -> VllmEngine:
+def open_engine(source: str, config: Config, *, transfer_backend: str, worker_extension: str, seed: int) -> VllmEngine:
     """Start vLLM's processes and load the model; takes the better part of a minute.
 
     The thread that calls this has to outlive the engine: vLLM's processes end with it.
@@ -25,12 +25,14 @@ def open_engine(source: str, config: Config, *, transfer_backend: str, seed: int
         source: folder or hub id of the model.
         config: its sections model, engine, placement and weights.
         transfer_backend: name under which a plugin has registered the receiving end of weights.
+        worker_extension: class by whose `weights_have_arrived` its processes tell that they have received them.
         seed: of all draws; engines with the same one would draw alike.
 
     Raises EngineError when vLLM cannot serve the model.
     """
     try:
-        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**_arguments(source, config, transfer_backend, seed)))
+        arguments = _arguments(source, config, transfer_backend, worker_extension, seed)
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (RuntimeError, ValueError, OSError, ImportError) as error:
         raise EngineError(
@@ -49,7 +51,7 @@ def open_engine(source: str, config: Config, *, transfer_backend: str, seed: int
     )
 
 
-def _arguments(source: str, config: Config, transfer_backend: str, seed: int) -> dict[str, Any]:
+def _arguments(source: str, config: Config, transfer_backend: str, worker_extension: str, seed: int) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "model": source,
         "dtype": config.model.precision,
@@ -62,6 +64,7 @@ def _arguments(source: str, config: Config, transfer_backend: str, seed: int) ->
         "scheduling_policy": "priority",
         "enable_prefix_caching": True,
         "weight_transfer_config": WeightTransferConfig(backend=transfer_backend),
+        "worker_extension_cls": worker_extension,
         "disable_log_stats": True,
     }
     if config.placement.inference_gpus:
