@@ -7,7 +7,7 @@ own, because those that vLLM brings wait without a deadline, check no digest, an
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +17,11 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.model_executor.layers import utils as layer_utils
-from vllm.model_executor.layers.attention import MLAAttention
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from azr_async.adapters.weights.group import WeightGroup
 from azr_async.adapters.weights.store import connect_store
-from azr_async.errors import WeightsError
-
-_USED_AS_LOADED: Final = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
-"""On a CPU; see `_multiply_unpacked`."""
+from azr_async.errors import RanksLost, WeightsError
 
 
 @dataclass
@@ -65,9 +59,11 @@ class BroadcastTransfer(WeightTransferEngine[Join, Receive]):
         super().__init__(*context)
         self._group: WeightGroup | None = None
         self._is_direct = False
-        self._is_plain = self.device.type == "cpu" and not any(map(_is_rearranged, self.model.modules()))
+        self._is_plain = self.device.type == "cpu"  # see `_multiply_unpacked`
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._arriving: Future[int] = Future()
+        """The version of what is being received."""
+        self._announced = -1
         self._received: list[tuple[str, Tensor]] = []
         self._missing: set[str] = set()
 
@@ -101,23 +97,32 @@ class BroadcastTransfer(WeightTransferEngine[Join, Receive]):
         return self._is_direct or self._arriving.done()
 
     def receive_weights(self, update_info: Receive) -> None:
-        """Raises RanksLost when rank 0 stops, WeightsError when it sends another version than announced."""
+        """Raises RanksLost when rank 0 stops; whatever else is wrong, `finish_weight_update` raises."""
+        self._announced = update_info.version
         if self._group is not None and self._is_direct:
+            self._arriving = Future()
             self._begin_loading()
-            version, _ = self._group.receive(self._load)
-        else:
-            version = self._arriving.result()
-        if version != update_info.version:
-            raise WeightsError(
-                f"the engine was told of version {update_info.version} but received version {version}. "
-                "Resume from the last checkpoint; if it happens again, report it."
-            )
+            try:
+                self._arriving.set_result(self._group.receive(self._load)[0])
+            except Exception as error:
+                self._end_loading()  # vLLM's layers have to be whole before it begins again
+                self._arriving.set_exception(error)
+        error = self._arriving.exception()
+        if isinstance(error, RanksLost):
+            raise error
 
     def finish_weight_update(self) -> None:
         """Put the new weights to use; every process of the engine has received them by now.
 
-        Raises WeightsError when a parameter did not come. The model is of no use then.
+        Raises WeightsError when what came is not what was announced, or a parameter did not come. The model is of no
+        use then.
         """
+        version = self._arriving.result()
+        if version != self._announced:
+            raise WeightsError(
+                f"the engine was told of version {self._announced} but received version {version}. "
+                "Resume from the last checkpoint; if it happens again, report it."
+            )
         if not self._is_direct:
             self._begin_loading()
             self._load(self._received)
@@ -127,8 +132,7 @@ class BroadcastTransfer(WeightTransferEngine[Join, Receive]):
                 f"the learner's weights came without {len(self._missing)} parameters of the engine's model, among them "
                 f"{min(self._missing)}. Start every program of a run from the same model.path."
             )
-        if not self._is_plain:
-            finalize_layerwise_reload(self.model, self.model_config)
+        self._end_loading()
 
     def _receive(self, group: WeightGroup) -> int:
         self._received = []
@@ -144,6 +148,10 @@ class BroadcastTransfer(WeightTransferEngine[Join, Receive]):
         """Where vLLM uses other tensors than those of the checkpoint, it has to make them anew."""
         if not self._is_plain:
             initialize_layerwise_reload(self.model)
+
+    def _end_loading(self) -> None:
+        if not self._is_plain:
+            finalize_layerwise_reload(self.model, self.model_config)
 
     def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         loaded = self.model.load_weights(tensors)
@@ -169,8 +177,3 @@ def _multiply_unpacked(layer: torch.nn.Module, remove_weight: bool) -> None:
 
 
 layer_utils.dispatch_cpu_unquantized_gemm = _multiply_unpacked  # Watched is imported before the model is loaded
-
-
-def _is_rearranged(module: torch.nn.Module) -> bool:
-    method = getattr(module, "quant_method", None)
-    return isinstance(module, MLAAttention) or (method is not None and not isinstance(method, _USED_AS_LOADED))
