@@ -107,9 +107,9 @@ class BroadcastTransfer(WeightTransferEngine[Join, Receive]):
             except Exception as error:
                 self._end_loading()  # vLLM's layers have to be whole before it begins again
                 self._arriving.set_exception(error)
-        error = self._arriving.exception()
-        if isinstance(error, RanksLost):
-            raise error
+        problem = self._arriving.exception()
+        if isinstance(problem, RanksLost):
+            raise problem
 
     def finish_weight_update(self) -> None:
         """Put the new weights to use; every process of the engine has received them by now.
