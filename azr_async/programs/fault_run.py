@@ -192,9 +192,7 @@ class _Attempt:
 
     def error(self) -> str:
         """The end of what the run has said."""
-        text = self._console.read_text(encoding="utf-8", errors="replace")
-        lines = [line for line in text.splitlines() if line.strip() and not line.startswith("step ")]
-        return "\n".join(lines[-20:])[-2000:]
+        return last_words(self._console.read_text(encoding="utf-8", errors="replace"))
 
     async def _until_end(self, process: asyncio.subprocess.Process) -> int:
         ending = asyncio.ensure_future(process.wait())
@@ -276,6 +274,12 @@ def _arguments(plan: Plan, run_dir: Path, options: Mapping[str, str], memory: Me
         return ["--output", str(run_dir), *settings]
     memory.went_back_to(checkpoint or 0)
     return ["--resume", str(run_dir), *settings]
+
+
+def last_words(text: str) -> str:
+    """The end of what a run has said: whole lines, for the first of an error names the process."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("step ")]
+    return "\n".join(lines[-20:])
 
 
 def is_named(error: str) -> bool:

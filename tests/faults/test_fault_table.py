@@ -12,7 +12,7 @@ from azr_async.algorithm.fault_schedule import Fault, Plan
 from azr_async.config import Config
 from azr_async.faults.inflict import Done
 from azr_async.programs.commandline import load, parse
-from azr_async.programs.fault_run import Inflicted, Story, is_named, is_noticed, silence_seconds
+from azr_async.programs.fault_run import Inflicted, Story, is_named, is_noticed, last_words, silence_seconds
 from azr_async.programs.fault_table import inflicted, report, table, target_kind
 from azr_async.programs.faults import RUN_OPTIONS
 
@@ -72,6 +72,14 @@ def test_a_hang_is_longer_than_every_deadline_of_the_configuration() -> None:
 )
 def test_an_error_names_a_process_and_a_log(error: str, is_good: bool) -> None:
     assert is_named(error) is is_good
+
+
+def test_an_error_is_named_however_long_the_lines_of_the_log_are() -> None:
+    log = [f"    WARNING {'what was said ' * 60}{number}" for number in range(10)]
+    report = ["learner-0 ended with exit status 1.", "Last lines of its log, runs/x/logs/learner-0.log:", *log]
+    said = last_words("\n".join(["step 1/60", *report, "", "Go on with: python run.py --resume runs/x"]))
+    assert is_named(said)
+    assert said.startswith("learner-0 ended")
 
 
 def test_a_changed_message_is_noticed_when_a_log_tells_of_it() -> None:
