@@ -176,7 +176,7 @@ def _engine(
     if cores is None:
         return step, row, prefill, prompt, None
     installs, install_seconds = sums("installs", "install_seconds")
-    # what the process does besides: moving messages
+    # what the process does besides: moving messages, and the bytes of weights
     beside = max(0.0, _grown(spans, "engines", "cpu_seconds") - steps[3] - prefills[3] - install_seconds)
     row += beside / max(1.0, steps[1])
     return step, row, prefill, prompt, install_seconds / installs if installs else None

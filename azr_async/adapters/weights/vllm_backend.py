@@ -105,10 +105,11 @@ class BroadcastTransfer(WeightTransferEngine[Join, Receive]):
             try:
                 self._arriving.set_result(self._group.receive(self._load)[0])
             except Exception as error:
-                self._end_loading()  # vLLM's layers have to be whole before it begins again
                 self._arriving.set_exception(error)
+                self._end_loading()  # vLLM's layers have to be whole before it begins again
         problem = self._arriving.exception()
         if isinstance(problem, RanksLost):
+            self._received = []
             raise problem
 
     def finish_weight_update(self) -> None:
@@ -173,7 +174,11 @@ def _multiply_unpacked(layer: torch.nn.Module, remove_weight: bool) -> None:
 
     Nothing public turns that off; this is what vLLM does itself with a layer that is marked for it.
     """
+    if layer.weight.ndim != 2:  # of a convolution, whose kernel takes nothing else
+        _dispatch_of_vllm(layer, remove_weight)
+        return
     layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]
 
 
+_dispatch_of_vllm = layer_utils.dispatch_cpu_unquantized_gemm
 layer_utils.dispatch_cpu_unquantized_gemm = _multiply_unpacked  # Watched is imported before the model is loaded

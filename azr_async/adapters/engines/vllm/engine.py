@@ -123,8 +123,8 @@ class VllmEngine:
         """Take part in the broadcast of `version` and sample with it from now on; seconds without sampling.
 
         Weights that go through the host's memory are received beside its steps, for its model stays whole until they
-        are put to use. Between GPUs they come into the model itself, so the pause comes first. It begins when vLLM
-        answers that it pauses: until then the step under way goes on.
+        are put to use. Between GPUs they come into the model itself, so the pause comes first. What it is
+        counted from is the request for it, so the step under way is in it.
 
         Raises:
             RanksLost: the broadcast did not come to its end. Where weights go through the host's memory, sampling goes
@@ -136,9 +136,9 @@ class VllmEngine:
             await self._start(version)
             await self._receive(version)
         self._gate.shut()  # a sample that begins now would begin with a cached prompt of the old weights
-        await self._pause(version)
         began_seconds = time.perf_counter()
         with self._busy.held():
+            await self._pause(version)
             if in_place:
                 await self._start(version)
                 await self._receive(version)
@@ -161,10 +161,11 @@ class VllmEngine:
             await self._llm.start_weight_update()
 
     async def _receive(self, version: int) -> None:
-        async with self._asked_to(f"receive version {version}", else_raise=RanksLost):
+        async with self._asked_to(f"say whether version {version} is there", else_raise=WeightsError):
             # It tells nothing that it is not asked for, and would make no step while it waits.
             while not all(await self._llm.collective_rpc("weights_have_arrived")):  # noqa: ASYNC110
                 await asyncio.sleep(_LOOK_SECONDS)
+        async with self._asked_to(f"receive version {version}", else_raise=RanksLost):
             await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"version": version}))
 
     async def _use(self, version: int) -> None:
